@@ -1,0 +1,81 @@
+"""What every language model of the house promises, whoever made it.
+
+A model family is a frozen configuration plus a module with one ``forward`` for training, scoring and
+generation alike: state goes in as a value and comes out as a value. Hugging Face causal models satisfy the
+same protocol through :mod:`forgekit.hub`.
+
+Shapes: B batch, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from forgekit.config import Config
+
+
+@dataclass
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: (B, T, V) next-token scores.
+        state: everything needed to go on after the last token; ``None`` when it was not asked for.
+        steps: (B, T) recursion steps each position used (families with adaptive computation only).
+        aux: scalar diagnostics and regularisers by name.
+    """
+
+    logits: Tensor
+    state: Any = None
+    steps: Tensor | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Loss:
+    """A training loss and what it was made of.
+
+    Attributes:
+        total: scalar to differentiate: mean over the supervised tokens, regularisers included.
+        nats: scalar, mean next-token cross-entropy of the final answer, in nats per supervised token.
+        tokens: how many tokens were supervised.
+        parts: detached scalars worth logging.
+    """
+
+    total: Tensor
+    nats: Tensor
+    tokens: int
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """The protocol phases, engine and metrics rely on."""
+
+    config: Config
+
+    def forward(self, input_ids_BT: Tensor, state: Any = None, lengths_B: Tensor | None = None) -> Output: ...
+
+    def training_loss(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Loss: ...
+
+    def initial_state(self, batch: int) -> Any: ...
+
+    def flops_per_token(self, context: int) -> float: ...
+
+
+IGNORE = -100
+"""Label of positions that are not supervised (the convention of PyTorch's cross-entropy)."""
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Trainable numbers in the model; tied tensors count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def supervised_positions(labels_BT: Tensor) -> Tensor:
+    """Flat indices (N,) into B*T of the positions that carry a label."""
+    return (labels_BT.reshape(-1) != IGNORE).nonzero().squeeze(1)

@@ -1,0 +1,252 @@
+"""Parts shared by our model families.
+
+Shapes: B batch, T new tokens, P cached tokens, W attention window, D model width, H heads, K head width,
+F feed-forward width. A name's suffix gives its shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EMPTY = -1
+"""Position of a cache slot that holds no token."""
+
+
+def linear(fan_in: int, fan_out: int, std: float | None = None) -> nn.Linear:
+    """A bias-free linear map, normal init with std 1/sqrt(fan_in) unless given (0 makes it start silent)."""
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.normal_(layer.weight, std=fan_in**-0.5) if std is None else nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned gain (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-6)
+
+
+def rope(x_BHTK: Tensor, pos_BT: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (Su et al., 2021), half-split layout, at absolute positions."""
+    half = x_BHTK.shape[-1] // 2
+    freq_K = base ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
+    angle = pos_BT[:, None, :, None].float() * freq_K
+    cos, sin = angle.cos().to(x_BHTK.dtype), angle.sin().to(x_BHTK.dtype)
+    a, b = x_BHTK[..., :half], x_BHTK[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+@dataclass
+class AttentionState:
+    """The last W keys and values of every row, as a ring.
+
+    Attributes:
+        k_BHPK, v_BHPK: rotated keys and values.
+        pos_BP: absolute position of each slot, :data:`EMPTY` where none.
+        cursor: the slot that the next token overwrites: in every row the oldest.
+    """
+
+    k_BHPK: Tensor
+    v_BHPK: Tensor
+    pos_BP: Tensor
+    cursor: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Width, heads and reach of an attention layer; ``window`` 0 sees everything before."""
+
+    width: int
+    heads: int
+    window: int
+    rope_base: float
+    qk_norm: bool
+
+
+class Attention(nn.Module):
+    """Causal attention over a sliding window, with rotary positions and normalised queries and keys."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        d = shape.width
+        self.shape = shape
+        self.wq, self.wk, self.wv = linear(d, d), linear(d, d), linear(d, d)
+        self.wo = linear(d, d, std=0.0)
+        # With normalised q and k the logit is gain * cos: a learned, per-head inverse temperature.
+        self.gain_H = nn.Parameter(torch.full((shape.heads,), 8.0)) if shape.qk_norm else None
+        self.register_buffer("logit_bound_H", torch.zeros(shape.heads), persistent=False)
+
+    def forward(
+        self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attend. Without ``state`` nothing before the first token is seen and no state is returned."""
+        q, k, v = self._project(x_BTD, pos_BT)
+        if state is None:
+            out = self._attend_fresh(q, k, v)
+        elif q.shape[2] == 1 and lengths_B is None:
+            state = ring_write(state, k, v, pos_BT)
+            out = attend_masked(q, state.k_BHPK, state.v_BHPK, self._visible(pos_BT, state.pos_BP))
+        else:
+            out, state = self._attend_segment(q, k, v, pos_BT, state, lengths_B)
+        return self.wo(out.transpose(1, 2).reshape(x_BTD.shape)), state
+
+    def _project(self, x_BTD: Tensor, pos_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x_BTD.shape
+        q, k, v = (w(x_BTD).view(B, T, self.shape.heads, -1).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        if self.gain_H is not None:
+            # SDPA divides by sqrt(K): fold that and the gain into q.
+            q = F.normalize(q, dim=-1) * (self.gain_H.to(q.dtype)[:, None, None] * math.sqrt(q.shape[-1]))
+            k = F.normalize(k, dim=-1)
+        if self.training:
+            self.logit_bound_H = logit_bound(q.detach(), k.detach())
+        return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v
+
+    def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T, W = q.shape[2], self.shape.window
+        if W == 0 or T <= W:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if T % W == 0:
+            return attend_blocks(q, k, v, W)
+        i = torch.arange(T, device=q.device)
+        gap = i[:, None] - i
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(gap >= 0) & (gap < W))
+
+    def _attend_segment(self, q, k, v, pos_BT, state, lengths_B):
+        """Several new tokens after a state: see ring and segment together, keep each row's last W."""
+        new_pos = pos_BT
+        if lengths_B is not None:
+            inside = torch.arange(pos_BT.shape[1], device=pos_BT.device) < lengths_B[:, None]
+            new_pos = torch.where(inside, pos_BT, EMPTY)
+        order = (torch.arange(state.pos_BP.shape[1], device=q.device) + state.cursor) % max(1, state.pos_BP.shape[1])
+        keys = torch.cat([state.k_BHPK[:, :, order], k], dim=2)
+        values = torch.cat([state.v_BHPK[:, :, order], v], dim=2)
+        pos_BP = torch.cat([state.pos_BP[:, order], new_pos], dim=1)
+        out = attend_masked(q, keys, values, self._visible(pos_BT, pos_BP))
+        return out, keep_last(keys, values, pos_BP, self.shape.window)
+
+    def _visible(self, pos_BT: Tensor, pos_BP: Tensor) -> Tensor:
+        gap = pos_BT[:, :, None] - pos_BP[:, None, :]
+        seen = (gap >= 0) & (pos_BP[:, None, :] != EMPTY)
+        return seen if self.shape.window == 0 else seen & (gap < self.shape.window)
+
+    def initial_state(self, batch: int, device: torch.device) -> AttentionState:
+        """An empty ring of W slots (no slots for unlimited attention, which grows)."""
+        heads, width = self.shape.heads, self.shape.width // self.shape.heads
+        empty = self.wk.weight.new_zeros(batch, heads, self.shape.window, width)
+        pos = torch.full((batch, self.shape.window), EMPTY, dtype=torch.long, device=device)
+        return AttentionState(empty, empty.clone(), pos, 0)
+
+    @torch.no_grad()
+    def clip_logits(self, tau: float) -> Tensor:
+        """QK-Clip (Kimi K2, arXiv 2507.20534): shrink heads whose logits may exceed ``tau``.
+
+        The bound recorded by the last training forward is Cauchy-Schwarz, max|q|·max|k|/sqrt(K), so a head is
+        never left above tau. Rotation keeps norms, hence nothing rotary is rescaled apart from its head.
+        Returns the factor applied per head (1 where none).
+        """
+        factor_H = torch.where(self.logit_bound_H > tau, tau / self.logit_bound_H.clamp_min(1e-12), 1.0)
+        if self.gain_H is not None:
+            self.gain_H.mul_(factor_H)
+        else:
+            root = factor_H.sqrt().repeat_interleave(self.shape.width // self.shape.heads)[:, None]
+            self.wq.weight.mul_(root)
+            self.wk.weight.mul_(root)
+        return factor_H
+
+
+def logit_bound(q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
+    """Per-head upper bound (H,) of the attention logits before the softmax."""
+    q_H = q_BHTK.float().square().sum(-1).amax((0, 2))
+    k_H = k_BHTK.float().square().sum(-1).amax((0, 2))
+    return (q_H * k_H / q_BHTK.shape[-1]).sqrt()
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, seen_BTP: Tensor) -> Tensor:
+    """Attention with an explicit mask. Rows that see nothing (padding) give zeros, not NaN."""
+    blind = ~seen_BTP.any(-1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen_BTP | blind[..., None])[:, None])
+    return out.masked_fill(blind[:, None, :, None], 0)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
+    """Sliding-window attention in O(T·W): each block of W queries sees its own and the previous block."""
+    B, H, T, K = q.shape
+    n = T // W
+    split = (B, H, n, W, K)
+    q, k, v = q.view(split), k.view(split), v.view(split)
+    k2 = torch.cat([F.pad(k, (0, 0, 0, 0, 1, 0))[:, :, :-1], k], dim=3)
+    v2 = torch.cat([F.pad(v, (0, 0, 0, 0, 1, 0))[:, :, :-1], v], dim=3)
+    i, j = torch.arange(W, device=q.device)[:, None] + W, torch.arange(2 * W, device=q.device)
+    band = (i - j >= 0) & (i - j < W)
+    first = band & (j >= W)
+    mask = torch.stack([first] + [band] * (n - 1))
+    return F.scaled_dot_product_attention(q, k2, v2, attn_mask=mask).reshape(B, H, T, K)
+
+
+def ring_write(state: AttentionState, k: Tensor, v: Tensor, pos_B1: Tensor) -> AttentionState:
+    """Put one token per row into the ring (append when attention is unlimited)."""
+    size = state.pos_BP.shape[1]
+    if size == 0 or state.cursor < 0:
+        grown = [torch.cat(pair, dim=2) for pair in ((state.k_BHPK, k), (state.v_BHPK, v))]
+        return AttentionState(*grown, torch.cat([state.pos_BP, pos_B1], dim=1), -1)
+    keys, values, pos = state.k_BHPK.clone(), state.v_BHPK.clone(), state.pos_BP.clone()
+    keys[:, :, state.cursor], values[:, :, state.cursor] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(values.dtype)
+    pos[:, state.cursor] = pos_B1[:, 0]
+    return AttentionState(keys, values, pos, (state.cursor + 1) % size)
+
+
+def keep_last(keys: Tensor, values: Tensor, pos_BP: Tensor, window: int) -> AttentionState:
+    """Each row's ``window`` newest tokens in order, empty slots first, so that slot 0 is the oldest everywhere."""
+    order = pos_BP.argsort(dim=1, stable=True)
+    order = order if window == 0 else order[:, -window:]
+    pick = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+    return AttentionState(keys.gather(2, pick), values.gather(2, pick), pos_BP.gather(1, order), -1 if window == 0 else 0)
+
+
+def select_rows(state: AttentionState, rows: Tensor) -> AttentionState:
+    """The same state for a subset (or repetition) of rows."""
+    return replace(state, k_BHPK=state.k_BHPK[rows], v_BHPK=state.v_BHPK[rows], pos_BP=state.pos_BP[rows])
+
+
+class FeedForward(nn.Module):
+    """Squared-ReLU feed-forward (So et al., 2021)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = linear(width, hidden), linear(hidden, width, std=0.0)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BTD)).square())
+
+
+class Embedding(nn.Module):
+    """Tied token embedding and output head, factorised through ``rank`` when 0 < rank < width.
+
+    Tying and factorising keep the vocabulary's share of a small model's parameters small (ALBERT, 2019).
+    """
+
+    def __init__(self, vocab: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank if 0 < rank < width else 0
+        self.table = nn.Embedding(vocab, self.rank or width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.lift = linear(self.rank, width) if self.rank else None
+        self.lower = linear(width, self.rank) if self.rank else None
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, D)."""
+        x = self.table(ids_BT)
+        return x if self.lift is None else self.lift(x)
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """(..., D) to (..., V) logits."""
+        return F.linear(h if self.lower is None else self.lower(h), self.table.weight)
