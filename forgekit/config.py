@@ -110,11 +110,15 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 at byte {error.start}", where=str(path), remedy="save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})", where=str(path), remedy="check its permissions") from None
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", where=str(path), remedy="check its permissions"
+        ) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"not valid {path.suffix.lstrip('.') or 'toml'}: {error}", where=str(path), remedy="mend the syntax") from None
+        raise ConfigError(
+            f"not valid {path.suffix.lstrip('.') or 'toml'}: {error}", where=str(path), remedy="mend the syntax"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError("holds no table of keys", where=str(path), remedy="write `key = value` lines")
     return values

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from forgekit.config import Config
+from forgekit.models.constants import IGNORE
 
 
 @dataclass
@@ -65,10 +66,6 @@ class CausalLM(Protocol):
     def initial_state(self, batch: int) -> Any: ...
 
     def flops_per_token(self, context: int) -> float: ...
-
-
-IGNORE = -100
-"""Label of positions that are not supervised (the convention of PyTorch's cross-entropy)."""
 
 
 def parameter_count(model: torch.nn.Module) -> int:

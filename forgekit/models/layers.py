@@ -181,15 +181,20 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
     """Sliding-window attention in O(T·W): each block of W queries sees its own and the previous block."""
     B, H, T, K = q.shape
     n = T // W
-    split = (B, H, n, W, K)
-    q, k, v = q.view(split), k.view(split), v.view(split)
-    k2 = torch.cat([F.pad(k, (0, 0, 0, 0, 1, 0))[:, :, :-1], k], dim=3)
-    v2 = torch.cat([F.pad(v, (0, 0, 0, 0, 1, 0))[:, :, :-1], v], dim=3)
+
+    def blocks(x: Tensor) -> Tensor:
+        return x.view(B, H, n, W, K).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:
+        x = blocks(x)
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], dim=3).flatten(0, 1)
+
     i, j = torch.arange(W, device=q.device)[:, None] + W, torch.arange(2 * W, device=q.device)
     band = (i - j >= 0) & (i - j < W)
-    first = band & (j >= W)
-    mask = torch.stack([first] + [band] * (n - 1))
-    return F.scaled_dot_product_attention(q, k2, v2, attn_mask=mask).reshape(B, H, T, K)
+    seen = torch.stack([band & (j >= W)] + [band] * (n - 1)).repeat(B, 1, 1)[:, None]
+    # Folding blocks into the batch keeps the tensors four-dimensional, which the fused kernels require.
+    out = F.scaled_dot_product_attention(blocks(q).flatten(0, 1), with_previous(k), with_previous(v), attn_mask=seen)
+    return out.view(B, n, H, W, K).transpose(1, 2).reshape(B, H, T, K)
 
 
 def ring_write(state: AttentionState, k: Tensor, v: Tensor, pos_B1: Tensor) -> AttentionState:
@@ -209,7 +214,9 @@ def keep_last(keys: Tensor, values: Tensor, pos_BP: Tensor, window: int) -> Atte
     order = pos_BP.argsort(dim=1, stable=True)
     order = order if window == 0 else order[:, -window:]
     pick = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-    return AttentionState(keys.gather(2, pick), values.gather(2, pick), pos_BP.gather(1, order), -1 if window == 0 else 0)
+    return AttentionState(
+        keys.gather(2, pick), values.gather(2, pick), pos_BP.gather(1, order), -1 if window == 0 else 0
+    )
 
 
 def select_rows(state: AttentionState, rows: Tensor) -> AttentionState:

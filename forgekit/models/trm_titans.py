@@ -12,6 +12,7 @@ Shapes: B batch, T new tokens, D model width, V vocabulary, N supervised or acti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +66,13 @@ class GatedMemory(nn.Module):
         nn.init.zeros_(self.gate_out.bias)
 
     def forward(self, x_BTD: Tensor, attended_BTD: Tensor, state: MemoryState | None, lengths_B: Tensor | None):
-        """g * attended + (1 - g) * recalled, the memory after, and the gate's mean entropy in [0, 1]."""
+        """g * attended + (1 - g) * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""
         inputs = self.norm(x_BTD)
         recalled, state = self.memory(inputs, state, lengths_B)
         logit = self.gate_out(F.silu(self.gate_in(inputs)))
         gate = logit.sigmoid()
-        entropy = (F.softplus(logit.float()) - gate.float() * logit.float()).mean() / 0.6931472
-        return gate * attended_BTD + (1 - gate) * self.out_norm(recalled), state, entropy
+        entropy_BT = (F.softplus(logit.float()) - gate.float() * logit.float()).mean(-1) / math.log(2)
+        return gate * attended_BTD + (1 - gate) * self.out_norm(recalled), state, entropy_BT
 
 
 class MemoryBlock(Block):
@@ -83,9 +84,9 @@ class MemoryBlock(Block):
 
     def forward(self, x_BTD, pos_BT, state, lengths_B, memory=None):
         attended, state = self.attn(self.norm1(x_BTD), pos_BT, state, lengths_B)
-        blended, memory, entropy = self.gated(x_BTD, attended, memory, lengths_B)
+        blended, memory, entropy_BT = self.gated(x_BTD, attended, memory, lengths_B)
         x_BTD = x_BTD + blended
-        return x_BTD + self.ffn(self.norm2(x_BTD)), state, memory, entropy
+        return x_BTD + self.ffn(self.norm2(x_BTD)), state, memory, entropy_BT
 
 
 class Refine(nn.Module):
@@ -174,7 +175,7 @@ class TRMTitans(nn.Module):
         return TRMTitansState(position, layers, memories)
 
     def features(self, ids_BT: Tensor, state: TRMTitansState | None, lengths_B: Tensor | None):
-        """Normalised hidden states (B, T, D), the state after, and the gates' mean entropy (or None)."""
+        """Normalised hidden states (B, T, D), the state after, and the gates' entropy (B, T) (or None)."""
         pos_BT, lengths = positions(ids_BT, state, lengths_B)
         x_BTD = self.embedding.embed(ids_BT)
         layers, memories, entropies = [], [], []
@@ -191,14 +192,14 @@ class TRMTitans(nn.Module):
             memories.append(result[2] if len(result) > 2 else None)
             entropies += result[3:]
         after = TRMTitansState(state.position_B + lengths, layers, memories) if state else None
-        return self.norm(x_BTD), after, torch.stack(entropies).mean() if entropies else None
+        return self.norm(x_BTD), after, torch.stack(entropies).mean(0) if entropies else None
 
     def forward(
         self, input_ids_BT: Tensor, state: TRMTitansState | None = None, lengths_B: Tensor | None = None
     ) -> Output:
         """Score every next token with adaptive halting. Arguments as :meth:`forgekit.models.gpt.GPT.forward`."""
-        h_BTD, state, entropy = self.features(input_ids_BT, state, lengths_B)
-        aux = {} if entropy is None else {"gate/entropy": entropy}
+        h_BTD, state, entropy_BT = self.features(input_ids_BT, state, lengths_B)
+        aux = {} if entropy_BT is None else {"gate/entropy": entropy_BT.mean()}
         if self.recursion is None:
             return Output(self.embedding.unembed(h_BTD).float(), state, None, aux)
         flat, steps = self.recursion.infer(h_BTD.flatten(0, 1))
@@ -210,8 +211,10 @@ class TRMTitans(nn.Module):
 
         Recursion and head run on supervised positions only: they do not look at their neighbours.
         """
-        h_BTD, _, entropy = self.features(input_ids_BT, None, None)
+        h_BTD, _, entropy_BT = self.features(input_ids_BT, None, None)
         pick = supervised_positions(labels_BT)
+        # Over supervised positions, like the loss: then micro batches weighted by tokens add up to the batch.
+        entropy = None if entropy_BT is None else entropy_BT.flatten()[pick].mean()
         x_ND, target_N = h_BTD.flatten(0, 1)[pick], labels_BT.reshape(-1)[pick]
         parts = {} if entropy is None else {"gate/entropy": entropy.detach()}
         if self.recursion is None:

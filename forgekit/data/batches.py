@@ -1,0 +1,128 @@
+"""Training batches: real text and gym problems, packed, and a pure function of (seed, step).
+
+Because batch ``i`` depends on nothing but the seed and ``i``, the position in the data is one integer: resuming,
+skipping and sharding over processes need no other state. Tokenising happens once, before training; a batch
+is then a few array copies.
+
+Shapes: B rows, T tokens per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgekit.data.tokenizer import END, in_pieces, question
+from forgekit.errors import DataError
+from forgekit.models.constants import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: inputs (B, T) and already shifted labels (B, T), ``IGNORE`` where nothing is supervised."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry a label."""
+        return int((self.labels != IGNORE).sum())
+
+
+def encode_texts(tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """All texts as one array of token ids, each closed by the end token."""
+    end = tokenizer.token_to_id(END)
+    parts: list[np.ndarray] = []
+    pieces = [piece for text in texts for piece in (*in_pieces(text), None)]
+    encoded = iter(tokenizer.encode_batch([p for p in pieces if p is not None], add_special_tokens=False))
+    for piece in pieces:
+        parts.append(np.array([end] if piece is None else next(encoded).ids, dtype=np.int32))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+class TextSource:
+    """Random windows of a token stream; every token is supervised."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+
+    def rows(self, rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """``rows`` windows of ``length`` inputs and their next tokens."""
+        if len(self.tokens) <= length:
+            raise DataError(
+                f"{len(self.tokens)} tokens are fewer than one row of {length}", where="text", remedy="give more text"
+            )
+        start = rng.integers(0, len(self.tokens) - length, size=rows)
+        window = self.tokens[start[:, None] + np.arange(length + 1)]
+        return window[:, :-1], window[:, 1:]
+
+
+class ProblemSource:
+    """Gym problems packed into rows; only answers are supervised (prompts are random and teach nothing)."""
+
+    def __init__(self, tokenizer, problems: list) -> None:
+        if not problems:
+            raise DataError("no problems", where="gym", remedy="give at least one family and level")
+        prompts = tokenizer.encode_batch([question(p.prompt) for p in problems], add_special_tokens=False)
+        answers = tokenizer.encode_batch([p.answer + END for p in problems], add_special_tokens=False)
+        self.pad = tokenizer.token_to_id("<|pad|>")
+        sizes = [(len(q.ids), len(a.ids)) for q, a in zip(prompts, answers)]
+        self.prompt_size, self.answer_size = (np.array(column) for column in zip(*sizes))
+        self.size = self.prompt_size + self.answer_size
+        self.start = np.concatenate([[0], np.cumsum(self.size)[:-1]])
+        self.tokens = np.array([t for q, a in zip(prompts, answers) for t in (*q.ids, *a.ids)], dtype=np.int32)
+
+    def rows(self, rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Fill ``rows`` rows of ``length`` with whole problems drawn at random."""
+        fits = np.flatnonzero(self.size <= length + 1)
+        if not len(fits):
+            raise DataError(f"no problem fits {length} tokens", where="gym", remedy="raise the context or lower levels")
+        line = np.full((rows, length + 1), self.pad, dtype=np.int32)
+        target = np.full((rows, length + 1), IGNORE, dtype=np.int32)
+        draws = iter(fits[rng.integers(0, len(fits), size=rows * (1 + (length + 1) // int(self.size[fits].min())))])
+        for row in range(rows):
+            at = 0
+            for i in draws:
+                start, prompt, size = self.start[i], self.prompt_size[i], self.size[i]
+                if at + size > length + 1:
+                    break
+                line[row, at : at + size] = self.tokens[start : start + size]
+                target[row, at + prompt : at + size] = self.tokens[start + prompt : start + size]
+                at += size
+        return line[:, :-1], target[:, 1:]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources with their share of each batch's rows.
+
+    Attributes:
+        sources: (source, share) pairs; shares are normalised.
+        rows: rows per batch.
+        length: tokens per row.
+        seed: with the step number, decides every draw.
+    """
+
+    sources: tuple[tuple[TextSource | ProblemSource, float], ...]
+    rows: int
+    length: int
+    seed: int
+
+    def batch(self, step: int) -> Batch:
+        """Batch number ``step``."""
+        rng = np.random.default_rng([self.seed, step])
+        parts = [s.rows(rng, n, self.length) for (s, _), n in zip(self.sources, self._counts()) if n]
+        inputs, labels = (np.concatenate(column).astype(np.int64) for column in zip(*parts))
+        return Batch(inputs, labels)
+
+    def _counts(self) -> list[int]:
+        """Rows per source: largest remainders, so that they sum to ``rows``."""
+        total = sum(share for _, share in self.sources)
+        exact = [self.rows * share / total for _, share in self.sources]
+        counts = [int(x) for x in exact]
+        for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: self.rows - sum(counts)]:
+            counts[i] += 1
+        return counts

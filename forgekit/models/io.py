@@ -1,0 +1,133 @@
+"""Models to folders and back. Weights are safetensors, configurations JSON; nothing is ever pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from forgekit.errors import ArtifactError
+from forgekit.models.base import parameter_count
+from forgekit.models.config import FAMILIES, MODEL_CONFIGS, GPTConfig
+
+
+def build_model(config: GPTConfig) -> torch.nn.Module:
+    """A freshly initialised model of the configuration's family (seed torch before, for reproducibility)."""
+    return FAMILIES.get(config.family)(config)
+
+
+def hub_config(config: GPTConfig) -> dict[str, Any]:
+    """The ``config.json`` that both we and ``AutoConfig`` read: our values under ``forge``, plus standard names."""
+    return {
+        "model_type": config.family,
+        "architectures": ["ForgeForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "float32",
+        "forge": config.model_dump(mode="json"),
+    }
+
+
+def write_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write ``config.json``, ``model.safetensors`` and, when given, the tokenizer into an existing folder.
+
+    Our families are written as they are; a wrapped Hugging Face model writes itself in its own layout.
+    """
+    folder = Path(folder)
+    if hasattr(model, "write_to"):
+        model.write_to(folder)
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        text = json.dumps(hub_config(model.config), indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(folder))
+        else:
+            from forgekit.data.tokenizer import save_tokenizer
+
+            save_tokenizer(tokenizer, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model folder.
+
+    Raises:
+        ArtifactError: missing or not JSON.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            "no model here", where=str(path), remedy="give an artifact or Hugging Face folder"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"unreadable ({error})", where=str(path), remedy="restore the artifact") from None
+
+
+def read_model(folder: Path) -> tuple[torch.nn.Module, Any]:
+    """Load a model and its tokenizer from an artifact or a Hugging Face folder, on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, or its tensors do not fit the configuration.
+    """
+    folder = Path(folder)
+    values = read_config(folder)
+    if values.get("model_type") not in FAMILIES:
+        from forgekit.hub import read_hf_model
+
+        return read_hf_model(folder)
+    from forgekit.data.tokenizer import load_tokenizer
+
+    kind = MODEL_CONFIGS.get(values["model_type"])
+    model = build_model(kind.build(values.get("forge", {}), source=str(folder / "config.json")))
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Fill a model from a safetensors file; every tensor must be there and fit.
+
+    Raises:
+        ArtifactError: missing or truncated file, missing, surplus or misshapen tensor.
+    """
+    try:
+        tensors = load_file(str(path))
+    except FileNotFoundError:
+        raise ArtifactError("no weights here", where=str(path), remedy="use a complete artifact folder") from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"corrupt weights ({error})", where=str(path), remedy="restore the artifact") from None
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ArtifactError(f"weights do not fit: {reason}", where=str(path), remedy="check config.json") from None
+
+
+def size_mb(model: torch.nn.Module) -> float:
+    """Size of the trainable numbers in megabytes (10^6 bytes) as stored now."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+__all__ = [
+    "build_model",
+    "hub_config",
+    "load_weights",
+    "parameter_count",
+    "read_config",
+    "read_model",
+    "size_mb",
+    "write_model",
+]

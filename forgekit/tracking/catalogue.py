@@ -1,0 +1,86 @@
+"""The metric catalogue as data: what every phase measures, in which unit, how often, and what it means.
+
+A phase's table is found by name through the registry :data:`CATALOGUES`; a phase from another distribution
+brings its own by an entry point of the group ``forgekit.metrics``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from forgekit.errors import ConfigError
+from forgekit.registry import Registry, unknown
+
+Cadence = Literal["once", "step", "epoch", "phase"]
+Row = tuple[str, str, Cadence, str]
+"""(name, unit, cadence, meaning); ``{1,2,3}`` in the name stands for one metric each."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured quantity of one phase."""
+
+    name: str
+    phase: str
+    unit: str
+    cadence: Cadence
+    """``once`` at the start, every ``step``, every ``epoch``, or at the end of the ``phase``."""
+    meaning: str
+
+
+# Phase 1 of the sources; the last four rows per model are ours.
+COGNATE: tuple[Row, ...] = (
+    ("config/num_models", "models", "once", "models to create"),
+    ("config/hidden_size", "dimensions", "once", "width of the residual stream"),
+    ("config/num_layers", "layers", "once", "layers per model"),
+    ("config/parameters_target", "parameters", "once", "parameters each model should have"),
+    ("model_{1,2,3}/train/loss", "nats/token", "step", "training loss of this step"),
+    ("model_{1,2,3}/train/loss_avg_100", "nats/token", "step", "mean training loss of the last 100 steps"),
+    ("model_{1,2,3}/train/learning_rate", "1", "step", "learning rate of this step"),
+    ("model_{1,2,3}/epoch/loss", "nats/token", "epoch", "mean training loss of the epoch"),
+    ("model_{1,2,3}/size_mb", "MB", "phase", "bytes on disk / 2**20"),
+    ("model_{1,2,3}/parameters", "parameters", "phase", "parameters the model really has"),
+    ("model_{1,2,3}/train/tokens_per_second", "tokens/s", "step", "training throughput"),
+    ("model_{1,2,3}/train/grad_norm", "1", "step", "gradient norm before clipping"),
+    ("model_{1,2,3}/act/mean_steps", "steps/token", "step", "thinking steps taken before halting, on average"),
+    ("model_{1,2,3}/gate/entropy", "nats", "step", "entropy of the memory gate: 0 when it always decides alike"),
+    ("phase/num_models_created", "models", "phase", "models that were finished"),
+    ("phase/total_parameters", "parameters", "phase", "parameters of all models together"),
+    ("phase/avg_final_loss", "nats/token", "phase", "mean of the models' final losses"),
+    ("phase/min_final_loss", "nats/token", "phase", "lowest of the models' final losses"),
+    ("phase/max_final_loss", "nats/token", "phase", "highest of the models' final losses"),
+    ("phase/total_size_mb", "MB", "phase", "bytes on disk of all models / 2**20"),
+    ("phase/duration_seconds", "s", "phase", "wall-clock time of the phase"),
+    ("phase/success", "bool", "phase", "whether the phase finished and its outputs are valid"),
+)
+
+CATALOGUES = Registry("metrics")
+CATALOGUES.lazy("cognate", f"{__name__}:COGNATE")
+
+
+def catalogue(phase: str) -> dict[str, Metric]:
+    """All metrics of a phase by name, in the table's order.
+
+    Raises:
+        ConfigError: the phase has no table, or its table names a metric twice or with an unknown cadence.
+    """
+    metrics: dict[str, Metric] = {}
+    for pattern, unit, cadence, meaning in CATALOGUES.get(phase):
+        if cadence not in get_args(Cadence):
+            raise unknown("cadence", cadence, list(get_args(Cadence)))
+        for name in expand(pattern):
+            if name in metrics:
+                raise ConfigError(f"{name!r} is listed twice", where=f"metrics of {phase}", remedy="remove one")
+            metrics[name] = Metric(name, phase, unit, cadence, meaning)
+    return metrics
+
+
+def expand(pattern: str) -> list[str]:
+    """``model_{1,2}/loss`` spelled out: one name per choice; several braces multiply."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if brace is None:
+        return [pattern]
+    head, tail = pattern[: brace.start()], pattern[brace.end() :]
+    return [name for choice in brace[1].split(",") for name in expand(head + choice + tail)]

@@ -1,0 +1,324 @@
+"""The training loop: the only one in the house.
+
+A step is: draw batch ``step`` -> gradients over micro batches (weighted by supervised tokens, so that they equal
+the whole batch) -> sum over processes -> clip -> MuonGrokfast -> averages. Trouble is met where it happens: out of
+memory climbs down the ladder of :mod:`forgekit.compute.ladder`, divergence goes back to the last good checkpoint
+at a lower rate, an interruption leaves a checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from forgekit.compute.budget import BatchPlan
+from forgekit.compute.ladder import is_out_of_memory, next_plan
+from forgekit.data.batches import Batch
+from forgekit.errors import ResourceError, TrainingError
+from forgekit.train.checkpoints import CheckpointManager, TrainState
+from forgekit.train.config import TrainConfig, lr_factor
+from forgekit.train.distributed import shard, sum_gradients, sum_over_processes, world
+from forgekit.train.muon_grokfast import MuonGrokfast
+from forgekit.train.setup import autocast_dtype, choose_plan, training_device
+
+
+class BatchSource(Protocol):
+    """Batches as a pure function of their number."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
+class Events(Protocol):
+    """Where the loop reports what happened."""
+
+    def event(self, kind: str, **data: Any) -> None: ...
+
+
+@dataclass
+class StepInfo:
+    """One finished step, for progress bars and metrics."""
+
+    step: int
+    steps: int
+    loss: float
+    loss_avg_100: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    seconds_left: float
+    parts: dict[str, float]
+
+
+@dataclass
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        losses: cross-entropy in nats per supervised token, one per step.
+        tokens: input tokens seen, over all processes and sessions.
+        seconds, data_seconds: wall time of the steps of this process, and the part spent drawing batches.
+        recoveries: descents after a divergence; plan: how batches were computed in the end.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    recoveries: int = 0
+    resumed_from: int = 0
+    plan: BatchPlan | None = None
+
+
+class Trainer:
+    """Trains one model.
+
+    Args:
+        model: satisfies :class:`forgekit.models.base.CausalLM`; trained in place.
+        data: where batches come from.
+        config: how to train.
+        folder: where checkpoints go; ``None`` keeps none on disk.
+        events: receives ``train_*`` events.
+        observer: called with a :class:`StepInfo` after every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: BatchSource,
+        config: TrainConfig,
+        folder: Path | None = None,
+        events: Events | None = None,
+        observer: Callable[[StepInfo], None] | None = None,
+    ) -> None:
+        self.config, self.data, self.events, self.observer = config, data, events, observer
+        self.device = training_device(config.device)
+        self.model = model.to(self.device)
+        if config.parallel == "fsdp" and world()[1] > 1:
+            shard(self.model)
+        self.dtype = autocast_dtype(config.precision, self.device)
+        self.plan = choose_plan(self.model, config, self.device, share=world()[1])
+        self.optimizer = MuonGrokfast(self.model.named_parameters(), config.optimizer, self.model)
+        average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if config.ema else None
+        position = {"step": 0, "tokens": 0, "scale": 1.0, "losses": [], "recoveries": 0}
+        self.state = TrainState(self.model, self.optimizer, average, position)
+        self.checkpoints = CheckpointManager(folder, config.keep_checkpoints) if folder else None
+        self._good: tuple[dict, dict, dict]
+        self._recent: deque[float] = deque(maxlen=100)
+        self._last_error = ""
+
+    def run(self, resume: bool = True) -> TrainReport:
+        """Train to the last step and return the report; with ``ema`` the model holds the averaged weights.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder, if there is one.
+
+        Raises:
+            TrainingError: diverged more often than ``recoveries`` allows.
+            ResourceError: out of memory at the end of the ladder, or disk full.
+            KeyboardInterrupt: passed on after a checkpoint was written.
+        """
+        report = TrainReport(resumed_from=self._resume() if resume else 0)
+        self.model.train()
+        self._snapshot()
+        started, begun = time.perf_counter(), self.state.position["step"]
+        try:
+            while self.state.position["step"] < self.config.steps:
+                clock = time.perf_counter()
+                batch = self.data.batch(self.state.position["step"])
+                report.data_seconds += time.perf_counter() - clock
+                self._step(batch, started, begun)
+        except KeyboardInterrupt:
+            self._save("interrupted")
+            raise
+        if self.state.average is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(self.state.average[name])
+        self.model.eval()
+        position = self.state.position
+        report.losses, report.tokens = list(position["losses"]), position["tokens"]
+        report.seconds, report.recoveries, report.plan = (
+            time.perf_counter() - started,
+            position["recoveries"],
+            self.plan,
+        )
+        return report
+
+    def _resume(self) -> int:
+        if self.checkpoints is None:
+            return 0
+        path, problems = self.checkpoints.load_latest(self.state)
+        for problem in problems:
+            self._event("train_checkpoint_unreadable", problem=problem)
+        if path is not None:
+            self._recent.extend(self.state.position["losses"][-100:])
+            self._event("train_resumed", step=self.state.position["step"], checkpoint=path.name)
+        return self.state.position["step"]
+
+    def _step(self, batch: Batch, started: float, begun: int) -> None:
+        """One optimizer step, or one descent after a divergence."""
+        config, position = self.config, self.state.position
+        loss, parts = self._gradients(batch)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if config.parallel == "replicate":
+            sum_gradients(parameters)
+        limit = config.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)) or self._exploded(loss):
+            self._recover(loss)
+            return
+        factor = lr_factor(config, position["step"]) * position["scale"]
+        self.optimizer.set_lr_factor(factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.model, "after_step"):
+            self.model.after_step()
+        self._average()
+        position["step"] += 1
+        position["tokens"] += batch.inputs.size
+        position["losses"].append(loss)
+        self._recent.append(loss)
+        self._observe(norm, factor * config.optimizer.lr, parts, (started, begun, batch.inputs.size))
+        if config.checkpoint_every and position["step"] % config.checkpoint_every == 0:
+            self._save("scheduled")
+
+    def _gradients(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        """Gradients of the whole batch under the current plan, climbing down the ladder when memory runs out."""
+        while True:
+            try:
+                return self._accumulate(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._last_error = str(error).splitlines()[0][:120]
+            # Outside the handler: the traceback would keep the failed step's tensors alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._climb_down()
+
+    def _climb_down(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        plan = next_plan(self.plan)
+        self._event(
+            "train_out_of_memory", was=self.plan.model_dump(), now=plan and plan.model_dump(), error=self._last_error
+        )
+        if plan is None:
+            raise ResourceError(
+                f"memory is too small for one sequence of {self.config.seq_len} tokens",
+                where="train.seq_len",
+                remedy="lower train.seq_len or choose a smaller profile",
+            )
+        if plan.device != self.plan.device:
+            self.device = torch.device(plan.device)
+            self.model.to(self.device)
+            self.dtype = autocast_dtype(self.config.precision, self.device)
+            for state in self.optimizer.state.values():
+                state.update({k: v.to(self.device) for k, v in state.items() if k != "count"})
+        self.plan = plan
+
+    def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        rank, size = world()
+        inputs, labels = torch.from_numpy(batch.inputs[rank::size]), torch.from_numpy(batch.labels[rank::size])
+        total = batch.supervised
+        if hasattr(self.model, "checkpoint_activations"):
+            self.model.checkpoint_activations = self.plan.checkpoint_activations
+        # FSDP averages gradients over processes where a sum is meant.
+        boost = size if self.config.parallel == "fsdp" and size > 1 else 1
+        nats, parts = 0.0, {}
+        sizes = self.plan.sizes(len(inputs))
+        for x, y in zip(inputs.split(sizes), labels.split(sizes)):
+            with torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext():
+                loss = self.model.training_loss(x.to(self.device), y.to(self.device))
+            weight = loss.tokens / total
+            (loss.total * (weight * boost)).backward()
+            nats += float(loss.nats) * weight
+            for name, value in loss.parts.items():
+                parts[name] = parts.get(name, 0.0) + float(value) * weight
+        return sum_over_processes(nats), parts
+
+    def _average(self) -> None:
+        if self.state.average is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.state.average[name].lerp_(p.detach().to(self.state.average[name].device), 1 - self.config.ema)
+
+    def _exploded(self, loss: float) -> bool:
+        """A finite loss counts as divergence when it is far above both the recent level and the first loss."""
+        if len(self._recent) < 20:
+            return False
+        level = sum(self._recent) / len(self._recent)
+        return loss > 3 * level and loss > 1.5 * max(self.state.position["losses"][0], 1.0)
+
+    def _recover(self, loss: float) -> None:
+        """Go back to the last good state at a lower rate."""
+        position = self.state.position
+        step, recoveries, scale = position["step"], position["recoveries"] + 1, position["scale"] * self.config.backoff
+        if recoveries > self.config.recoveries:
+            raise TrainingError(
+                f"diverged at step {step} (loss {loss:.3g}) after {recoveries - 1} recoveries",
+                where="train.optimizer.lr",
+                remedy=f"lower it below {self.config.optimizer.lr * position['scale']:.2g}",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self._restore_good()
+        position = self.state.position
+        position["recoveries"], position["scale"] = recoveries, scale
+        self._recent.clear()
+        self._recent.extend(position["losses"][-100:])
+        self._event("train_diverged", step=step, loss=loss, back_to=position["step"], rate_scale=scale)
+
+    def _restore_good(self) -> None:
+        """The newest checkpoint on disk, else the snapshot in memory (the start, before the first checkpoint)."""
+        if self.checkpoints is not None and self.checkpoints.load_latest(self.state)[0] is not None:
+            return
+        model, optimizer, position = copy.deepcopy(self._good)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.state.position = position
+
+    def _save(self, reason: str) -> None:
+        """Keep the current state: on disk when there is a folder, else in memory for recoveries."""
+        if world()[0] != 0:
+            return
+        if self.checkpoints is None:
+            self._snapshot()
+            return
+        self.checkpoints.save_checkpoint(self.state, {"reason": reason})
+        self._event("train_checkpoint", step=self.state.position["step"], reason=reason)
+
+    def _snapshot(self) -> None:
+        self._good = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.state.position))
+
+    def _observe(self, norm: float, rate: float, parts: dict[str, float], clock: tuple[float, int, int]) -> None:
+        started, begun, tokens = clock
+        position = self.state.position
+        if self.observer is None:
+            return
+        elapsed, done = time.perf_counter() - started, position["step"] - begun
+        info = StepInfo(
+            step=position["step"],
+            steps=self.config.steps,
+            loss=position["losses"][-1],
+            loss_avg_100=sum(self._recent) / len(self._recent),
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_second=max(done, 1) * tokens / elapsed,
+            seconds_left=elapsed / max(done, 1) * (self.config.steps - position["step"]),
+            parts=parts,
+        )
+        self.observer(info)
+
+    def _event(self, kind: str, **data: Any) -> None:
+        if self.events is not None:
+            self.events.event(kind, **data)
