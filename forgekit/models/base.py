@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from forgekit.config import Config
@@ -71,6 +72,30 @@ class CausalLM(Protocol):
 def parameter_count(model: torch.nn.Module) -> int:
     """Trainable numbers in the model; tied tensors count once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def mean_nats(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Mean cross-entropy; zero (not NaN) where nothing is supervised, as a micro batch of padding may be."""
+    return F.cross_entropy(logits_NV.float(), target_N, reduction="sum") / max(1, target_N.numel())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a sharded one (every process must ask), and any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory, and any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def placed_like(full: Tensor, model: Tensor) -> Tensor:
+    """A full tensor that every process holds, sharded as ``model`` is; no communication."""
+    if not hasattr(model, "device_mesh"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def supervised_positions(labels_BT: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forgekit.models.base import Loss, Output, supervised_positions
+from forgekit.models.base import Loss, Output, mean_nats, supervised_positions
 from forgekit.models.config import GPTConfig
 from forgekit.models.layers import (
     Attention,
@@ -100,7 +99,7 @@ class GPT(nn.Module):
         h_BTD, _ = self.features(input_ids_BT, None, None)
         pick = supervised_positions(labels_BT)
         logits_NV = self.embedding.unembed(h_BTD.flatten(0, 1)[pick])
-        nats = F.cross_entropy(logits_NV.float(), labels_BT.reshape(-1)[pick])
+        nats = mean_nats(logits_NV, labels_BT.reshape(-1)[pick])
         return Loss(nats, nats.detach(), pick.numel())
 
     def flops_per_token(self, context: int) -> float:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forgekit.models.base import placed_like
+
 EMPTY = -1
 """Position of a cache slot that holds no token."""
 
@@ -107,7 +109,8 @@ class Attention(nn.Module):
             q = F.normalize(q, dim=-1) * (self.gain_H.to(q.dtype)[:, None, None] * math.sqrt(q.shape[-1]))
             k = F.normalize(k, dim=-1)
         if self.training:
-            self.logit_bound_H = logit_bound(q.detach(), k.detach())
+            # The largest since the last clip: micro batches must clip as the whole batch would.
+            self.logit_bound_H = torch.maximum(self.logit_bound_H, logit_bound(q.detach(), k.detach()))
         return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v
 
     def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,17 +152,18 @@ class Attention(nn.Module):
     def clip_logits(self, tau: float) -> Tensor:
         """QK-Clip (Kimi K2, arXiv 2507.20534): shrink heads whose logits may exceed ``tau``.
 
-        The bound recorded by the last training forward is Cauchy-Schwarz, max|q|·max|k|/sqrt(K), so a head is
-        never left above tau. Rotation keeps norms, hence nothing rotary is rescaled apart from its head.
-        Returns the factor applied per head (1 where none).
+        The bound recorded by the training forwards since the last clip is Cauchy-Schwarz, max|q|·max|k|/sqrt(K), so
+        no head that they saw stays above tau. Rotation keeps norms, hence nothing rotary is rescaled apart from its
+        head. Starts a new record; returns the factor applied per head (1 where none).
         """
         factor_H = torch.where(self.logit_bound_H > tau, tau / self.logit_bound_H.clamp_min(1e-12), 1.0)
         if self.gain_H is not None:
-            self.gain_H.mul_(factor_H)
+            self.gain_H.mul_(placed_like(factor_H, self.gain_H))
         else:
             root = factor_H.sqrt().repeat_interleave(self.shape.width // self.shape.heads)[:, None]
-            self.wq.weight.mul_(root)
-            self.wk.weight.mul_(root)
+            for weight in (self.wq.weight, self.wk.weight):
+                weight.mul_(placed_like(root.expand(weight.shape), weight))
+        self.logit_bound_H.zero_()
         return factor_H
 
 

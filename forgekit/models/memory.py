@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from forgekit.models.layers import RMSNorm, linear
 
 CONV_TAPS = 4
+MOMENTUM = 0.5
+"""Most momentum a memory may have: with steps up to 1 the largest that is stable for every order of keys."""
 
 
 @dataclass
@@ -127,7 +129,7 @@ class TitansMemory(nn.Module):
         padded = torch.cat([tail, projected], dim=1)
         mixed = sum(padded[:, j : j + T] * self.conv_CJ[:, j] for j in range(CONV_TAPS))
         if lengths_B is None:
-            tail = padded[:, T:]
+            tail = padded[:, T:].clone()  # a view would keep the whole segment alive in the state
         else:
             keep = lengths_B[:, None] + torch.arange(CONV_TAPS - 1, device=projected.device)
             tail = padded.gather(1, keep[:, :, None].expand(-1, -1, padded.shape[2]))
@@ -135,11 +137,15 @@ class TitansMemory(nn.Module):
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, tail
 
     def _gates(self, logits_BTG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Forgetting alpha, momentum eta and step theta, each (B, H, T) in [0, 1)."""
+        """Forgetting alpha, momentum eta and step theta, each (B, H, T) in [0, 1].
+
+        A write of theta goes on to sum to theta / (1 - eta); above 2 it overshoots the value it aims at by more than
+        it missed it, and the memory grows without bound. Hence eta stays at or below :data:`MOMENTUM`.
+        """
         alpha, eta, theta = logits_BTG.sigmoid().transpose(1, 2).chunk(3, dim=1)
         floor = 1.0 / self.shape.capacity
         alpha = (floor + 2 * self.shape.novelty_weight * alpha).clamp(max=0.999)
-        return alpha, eta, (2 * self.shape.surprise_weight * theta).clamp(max=1.0)
+        return alpha, eta.clamp(max=MOMENTUM), (2 * self.shape.surprise_weight * theta).clamp(max=1.0)
 
 
 def scan_chunks(

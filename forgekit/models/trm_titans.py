@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forgekit.models.base import Loss, Output, supervised_positions
+from forgekit.models.base import Loss, Output, mean_nats, supervised_positions, whole
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.gpt import Block, positions
 from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows
@@ -133,15 +133,16 @@ class Recursion(nn.Module):
     def update_teacher(self) -> None:
         """Move the teacher towards the student; call once per optimizer step."""
         keep = self.config.act_ema
-        self.teacher_weight.lerp_(self.halt.weight, 1 - keep)
-        self.teacher_bias.lerp_(self.halt.bias, 1 - keep)
+        self.teacher_weight.lerp_(whole(self.halt.weight), 1 - keep)
+        self.teacher_bias.lerp_(whole(self.halt.bias), 1 - keep)
 
     def infer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Refine flat features (N, D) until the teacher halts each position; returns answers and steps (N,)."""
         y, z = x.clone(), self.z0.to(x.dtype).expand_as(x).clone()
         steps = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         active = torch.arange(x.shape[0], device=x.device)
-        limit = torch.logit(torch.tensor(self.config.act_threshold, dtype=torch.float64)).to(x.device)
+        chance = self.config.act_threshold
+        limit = math.log(chance / (1 - chance)) if chance < 1 else math.inf
         for _ in range(self.config.t_max):
             y_a, z_a = self.step(x[active], y[active], z[active])
             y[active], z[active] = y_a, z_a
@@ -214,11 +215,11 @@ class TRMTitans(nn.Module):
         h_BTD, _, entropy_BT = self.features(input_ids_BT, None, None)
         pick = supervised_positions(labels_BT)
         # Over supervised positions, like the loss: then micro batches weighted by tokens add up to the batch.
-        entropy = None if entropy_BT is None else entropy_BT.flatten()[pick].mean()
+        entropy = None if entropy_BT is None else entropy_BT.flatten()[pick].sum() / max(1, pick.numel())
         x_ND, target_N = h_BTD.flatten(0, 1)[pick], labels_BT.reshape(-1)[pick]
         parts = {} if entropy is None else {"gate/entropy": entropy.detach()}
         if self.recursion is None:
-            nats = F.cross_entropy(self.embedding.unembed(x_ND).float(), target_N)
+            nats = mean_nats(self.embedding.unembed(x_ND), target_N)
             total = nats
         else:
             total, nats, halting = self._recursive_loss(x_ND, target_N)
@@ -237,12 +238,13 @@ class TRMTitans(nn.Module):
                 y, z = y.detach(), z.detach()
             y, z = recursion.step(x_ND, y, z)
             logits_NV = self.embedding.unembed(y).float()
-            nats = F.cross_entropy(logits_NV, target_N)
+            nats = mean_nats(logits_NV, target_N)
             right_N = (logits_NV.detach().argmax(-1) == target_N).float()
             # The halting head reads z but must not shape it: its target is a by-product.
             halt_N = recursion.halting(z.detach(), teacher=False)
             total = total + weight / sum(weights) * nats
-            total = total + config.act_weight * F.binary_cross_entropy_with_logits(halt_N, right_N) / config.t_max
+            missed = F.binary_cross_entropy_with_logits(halt_N, right_N, reduction="sum") / max(1, target_N.numel())
+            total = total + config.act_weight * missed / config.t_max
             stop = (halt_N.detach().sigmoid() >= config.act_threshold) & (halted_at == config.t_max)
             halted_at = torch.where(stop, t, halted_at)
         return total, nats, {"act/mean_steps": halted_at.float().mean(), "token_accuracy": right_N.mean()}

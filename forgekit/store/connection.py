@@ -41,7 +41,7 @@ def connect(path: Path) -> sqlite3.Connection:
 def _patiently(connection: sqlite3.Connection, statement: str) -> None:
     """Run ``statement``, waiting for other processes.
 
-    SQLite's own busy handler is not called while two processes both turn a new file into WAL mode.
+    SQLite's own busy handler is not always called while processes turn one new file into WAL mode together.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:

@@ -332,7 +332,8 @@ class ModelRegistry:
     def vacuum_incremental(self, pages: int = 100) -> int:
         """Give up to ``pages`` free pages (4 KiB each) back to the disk; returns how many."""
         before = self._rows("PRAGMA freelist_count")[0]["freelist_count"]
-        self._rows(f"PRAGMA incremental_vacuum({int(pages)})")  # frees a page per step: it must be read to the end
+        with database_errors(self.db_path):  # a page goes per step, and `execute` takes only one step here
+            self.conn.executescript(f"PRAGMA incremental_vacuum({int(pages)})")
         return before - self._rows("PRAGMA freelist_count")[0]["freelist_count"]
 
     # Inside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from forgekit.errors import ArtifactError
@@ -99,7 +100,7 @@ def migrate(connection: sqlite3.Connection, path: Path) -> bool:
         version = _version(connection, path)  # again: another process may have been first
         fresh = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         if version < len(MIGRATIONS) and not fresh:
-            _back_up(connection, backup_path(path, version))
+            _back_up(path, backup_path(path, version))
         for step in MIGRATIONS[version:]:
             for statement in step:
                 connection.execute(statement)
@@ -125,18 +126,16 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
-def _back_up(connection: sqlite3.Connection, path: Path) -> None:
-    work = temporary_for(path)
-    with disk_errors(path.parent):
+def _back_up(path: Path, copy: Path) -> None:
+    work = temporary_for(copy)
+    with disk_errors(copy.parent):
         try:
-            target = sqlite3.connect(work)
-            try:
-                connection.backup(target)
-            finally:
-                target.close()
+            # A connection of its own: SQLite never finishes a backup from one that holds the write lock.
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(work)) as target:
+                source.backup(target)
             sync_file(work)
-            os.replace(work, path)
+            os.replace(work, copy)
         except BaseException:
             work.unlink(missing_ok=True)
             raise
-        fsync_dir(path.parent)
+        fsync_dir(copy.parent)

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder with ``state.safetensors`` (model, optimizer, averaged weights, random states) and
 ``state.json`` (counters, options, hash of the tensors; written last). Nothing is pickled. A folder without a
-valid ``state.json`` is unfinished and ignored.
+valid ``state.json`` is unfinished and ignored. With several processes the first one writes full tensors and all
+read them, so a run may go on with any number of processes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgekit.errors import ArtifactError
+from forgekit.errors import ArtifactError, ResourceError
+from forgekit.models.base import local, placed_like, whole
 from forgekit.store import fsio
+from forgekit.train.distributed import sum_over_processes, world
 
 SCHEMA = 1
 
@@ -55,14 +58,31 @@ class CheckpointManager:
     def save_checkpoint(self, state: TrainState, metadata: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint named after its step; older ones beyond ``keep`` go afterwards.
 
+        All processes of a group must call it together; the first one writes.
+
         Raises:
             ResourceError: disk full (after the old checkpoints were given up for it), or no permission.
         """
-        tensors = _pack(state)
-        need = sum(t.numel() * t.element_size() for t in tensors.values())
         path = self.folder / f"step-{state.position['step']:08d}"
+        tensors, failure = _pack(state), None
+        if world()[0] == 0:
+            try:
+                self._write(path, tensors, state.position, metadata or {})
+            except ResourceError as error:
+                failure = error
+        if sum_over_processes(float(failure is not None)):
+            raise failure or ResourceError(
+                "the first process could not write a checkpoint", where=str(self.folder), remedy="see its message"
+            )
+        return path
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], position: dict, metadata: dict) -> None:
+        need = sum(t.numel() * t.element_size() for t in tensors.values())
         fsio.make_folder(self.folder)
         fsio.sweep_unfinished(self.folder)
+        # Newer ones belong to a course that was given up (unreadable, or before a start from scratch): they must
+        # neither be resumed from nor push out the good ones.
+        _remove([p for p in self.checkpoints() if p.name > path.name])
         if fsio.free_bytes(self.folder) < 1.1 * need:
             self._drop(keep=1)
         work = fsio.temporary_for(path)
@@ -74,9 +94,9 @@ class CheckpointManager:
                 record = {
                     "schema": SCHEMA,
                     "sha256": fsio.sha256_file(work / "state.safetensors"),
-                    "position": state.position,
+                    "position": position,
                     "python_random": _jsonable(random.getstate()),
-                    "metadata": metadata or {},
+                    "metadata": metadata,
                 }
                 fsio.write_synced(work / "state.json", json.dumps(record).encode())
                 old = fsio.set_aside(path)
@@ -89,7 +109,6 @@ class CheckpointManager:
         if old is not None:
             fsio.remove_tree(old)
         self._drop(self.keep)
-        return path
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -104,7 +123,10 @@ class CheckpointManager:
         record, tensors = _read(Path(path))
         _unpack(state, tensors, path)
         state.position = record["position"]
-        random.setstate(_tuples(record["python_random"]))
+        numbers = tensors["random.numpy"].numpy()
+        numpy = ("MT19937", numbers[:-3].astype(np.uint32), int(numbers[-3]), int(numbers[-2]), float(numbers[-1]))
+        states = {"python": _tuples(record["python_random"]), "numpy": numpy}
+        set_random_states({**states, "torch": tensors["random.torch"], "cuda": tensors.get("random.cuda")})
         return record["metadata"]
 
     def load_latest(self, state: TrainState) -> tuple[Path | None, list[str]]:
@@ -135,25 +157,53 @@ class CheckpointManager:
 
     def _drop(self, keep: int) -> None:
         paths = self.checkpoints()
-        for path in paths[: len(paths) - keep]:
-            aside = fsio.set_aside(path)
-            if aside is not None:
-                fsio.remove_tree(aside)
+        _remove(paths[: max(0, len(paths) - keep)])
+
+
+def random_states() -> dict[str, Any]:
+    """Where the process's random generators stand: Python's, NumPy's, torch's."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the random generators back where they stood."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        aside = fsio.set_aside(path)
+        if aside is not None:
+            fsio.remove_tree(aside)
 
 
 def _pack(state: TrainState) -> dict[str, Tensor]:
-    """All tensors by flat name. Clones break the sharing that safetensors refuses."""
+    """All tensors by flat name; empty on all processes but the first.
+
+    Clones break the sharing that safetensors refuses.
+    """
     tensors = {f"model.{name}": t for name, t in state.model.state_dict().items()}
     for name, p in state.model.named_parameters():
         for key, value in state.optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     tensors |= {f"average.{name}": t for name, t in (state.average or {}).items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    kind, keys, at, has_gauss, gauss = np.random.get_state()
+    states = random_states()
+    _, keys, at, has_gauss, gauss = states["numpy"]
+    tensors["random.torch"] = states["torch"]
     tensors["random.numpy"] = torch.from_numpy(np.concatenate([keys.astype(np.float64), [at, has_gauss, gauss]]))
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    if states["cuda"] is not None:
+        tensors["random.cuda"] = states["cuda"]
+    packed = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())  # where sharded, all processes must take part
+        if world()[0] == 0:
+            packed[name] = full.cpu().clone().contiguous()
+    return packed
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -164,7 +214,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ArtifactError("written by a newer version", where=str(path), remedy="upgrade agent-forge")
         if fsio.sha256_file(path / "state.safetensors") != record["sha256"]:
             raise ArtifactError("the tensors are truncated or altered", where=str(path), remedy=remedy)
-        return record, load_file(str(path / "state.safetensors"))
+        tensors = load_file(str(path / "state.safetensors"))
+        # A record without these is as unreadable as a truncated one.
+        record["position"]["step"], record["python_random"], record["metadata"], tensors["random.numpy"]
+        return record, tensors
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"unreadable checkpoint ({type(error).__name__})", where=str(path), remedy=remedy) from None
 
@@ -173,27 +226,31 @@ def _unpack(state: TrainState, tensors: dict[str, Tensor], path: Path) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    try:
-        state.model.load_state_dict(part("model."))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ArtifactError(f"belongs to another model: {reason}", where=str(path), remedy="train anew") from None
-    parameters = dict(state.model.named_parameters())
-    state.optimizer.state.clear()
-    for flat, tensor in part("optimizer.").items():
-        key, name = flat.split(".", 1)
-        p = parameters[name]
-        state.optimizer.state[p][key] = tensor if key == "count" else tensor.to(p.device)
-    if state.average is not None:
-        for name, tensor in part("average.").items():
-            state.average[name].copy_(tensor)
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    numbers = tensors["random.numpy"].numpy()
-    np.random.set_state(
-        ("MT19937", numbers[:-3].astype(np.uint32), int(numbers[-3]), int(numbers[-2]), float(numbers[-1]))
-    )
+    def fill(target: Tensor, full: Tensor) -> None:
+        local(target).copy_(local(placed_like(full.to(target.device), target)))
+
+    own, found = state.model.state_dict(), part("model.")
+    shapes, stored = ({name: tuple(t.shape) for name, t in side.items()} for side in (own, found))
+    if shapes != stored:
+        # Told before anything is touched: a half-filled model would be worse than none.
+        name = next(n for n in sorted({*shapes, *stored}) if shapes.get(n) != stored.get(n))
+        reason = f"{name} is {stored.get(name, 'missing')} in it and {shapes.get(name, 'unknown')} here"
+        raise ArtifactError(f"belongs to another model ({reason})", where=str(path), remedy="train anew")
+    parameters, averages = dict(state.model.named_parameters()), part("average.")
+    with torch.no_grad():
+        for name, target in own.items():
+            fill(target, found[name])
+        state.optimizer.state.clear()
+        for flat, tensor in part("optimizer.").items():
+            key, name = flat.split(".", 1)
+            p = parameters[name]
+            if tensor.shape == p.shape and key != "step":
+                state.optimizer.state[p][key] = placed_like(tensor.to(p.device), p)
+            else:
+                state.optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+        for name, average in (state.average or {}).items():
+            # Averaging switched on after this checkpoint starts from its weights.
+            fill(average, averages.get(name, found.get(name)))
 
 
 def _jsonable(value: Any) -> Any:

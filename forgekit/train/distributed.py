@@ -28,7 +28,10 @@ def process_group(device: str = "cpu") -> Iterator[tuple[int, int]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Counters are summed on the CPU, whatever the gradients live on.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield world()
     finally:
@@ -37,29 +40,60 @@ def process_group(device: str = "cpu") -> Iterator[tuple[int, int]]:
 
 def shard(model: nn.Module) -> nn.Module:
     """Shard a model over the processes with FSDP2: each block by itself, then the rest."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for block in getattr(model, "blocks", []):
         fully_shard(block)
     fully_shard(model)
+    register_fsdp_forward_method(model, "training_loss")
     return model
 
 
 def sum_over_processes(value: float) -> float:
     """The sum of a number over all processes."""
+    return sums_over_processes([value])[0]
+
+
+def sums_over_processes(values: list[float]) -> list[float]:
+    """The sum of each of several numbers over all processes, as one message."""
+    if world()[1] == 1:
+        return values
+    totals = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def least_over_processes(value: int) -> int:
+    """The smallest value that any process has."""
     if world()[1] == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total)
+    least = torch.tensor(value)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def largest_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each element of equally shaped tensors by the largest that any process has."""
+    if world()[1] == 1 or not tensors:
+        return
+    stacked = torch.stack(tensors)
+    dist.all_reduce(stacked, dist.ReduceOp.MAX)
+    for tensor, largest in zip(tensors, stacked):
+        tensor.copy_(largest)
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum gradients over all processes, as one message."""
+    """Sum gradients over all processes, as one message.
+
+    A parameter without a gradient here gets the others' sum; one without a gradient anywhere stays without.
+    """
     if world()[1] == 1:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=grads[0].device)
+    flat = torch.cat([present, *(g.flatten() for g in grads)])
     dist.all_reduce(flat)
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
-        grad.copy_(part.view_as(grad))
+    present, *sums = flat.split([len(grads), *(g.numel() for g in grads)])
+    for p, grad, found, part in zip(parameters, grads, present.tolist(), sums):
+        if found:
+            p.grad = grad.copy_(part.view_as(grad))

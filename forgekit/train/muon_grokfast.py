@@ -5,7 +5,8 @@ arXiv 2510.05491) for 2-D hidden matrices, AdamW for the rest -> QK-Clip per hea
 Each part can be switched off in :class:`MuGrokConfig`.
 
 Matrices of one shape are orthogonalised together as one batch: on small models the launches cost more than
-the arithmetic.
+the arithmetic. Of parameters that FSDP2 shards, the state is sharded alike; only the matrices of one shape at a
+time are gathered, because orthogonalisation needs them whole.
 
 Shapes: G matrices of a shape, R rows, C columns.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from forgekit.models.base import local, placed_like, whole
 from forgekit.train.optim_config import MuGrokConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -44,7 +46,9 @@ def newton_schulz(G_GRC: Tensor, steps: int, coefficients: str = "quintic") -> T
     X = G_GRC.bfloat16()
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
-    X = X / (X.float().norm(dim=(-2, -1), keepdim=True).to(X.dtype) * 1.01 + 1e-7)
+    # The Polar Express schedule is derived with this margin above the largest singular value.
+    margin = 1.01 if coefficients == "polar_express" else 1.0
+    X = X / (X.float().norm(dim=(-2, -1), keepdim=True) * margin + 1e-7).to(X.dtype)
     for i in range(steps):
         a, b, c = QUINTIC if coefficients == "quintic" else POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)]
         A = X @ X.mT
@@ -91,9 +95,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         self._by_shape: dict[torch.Size, list[Tensor]] = {}
         for p in muon:
             self._by_shape.setdefault(p.shape, []).append(p)
-        if config.ste:
-            for p in muon:
-                self.state[p]["latent"] = p.detach().clone()
+        self._ternary = muon if config.ste else []
+        self._quantise()
 
     def set_lr_factor(self, factor: float) -> None:
         """Scale every group's base rate; schedules go through here."""
@@ -107,6 +110,8 @@ class MuonGrokfast(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in self._ternary:  # what is trained is the hidden copy; the grid is only what the model computes with
+            p.copy_(self.state[p]["latent"])
         for group in self.param_groups:
             if self.config.grokfast_lambda:
                 self._filter(group["params"])
@@ -117,7 +122,15 @@ class MuonGrokfast(torch.optim.Optimizer):
         if self.config.qk_clip:
             for attention in self._attentions:
                 attention.clip_logits(self.config.qk_clip)
+        self._quantise()
         return loss
+
+    @torch.no_grad()
+    def _quantise(self) -> None:
+        """Keep the weights as they are as hidden copies and put what the model sees on the ternary grid."""
+        for p in self._ternary:
+            self.state[p].setdefault("latent", torch.empty_like(p)).copy_(p)
+            p.copy_(placed_like(ternary(whole(p.detach())), p))
 
     def _filter(self, params: list[Tensor]) -> None:
         """Grokfast-EMA: add the amplified slow part of the gradient to the gradient, in place."""
@@ -127,7 +140,7 @@ class MuonGrokfast(torch.optim.Optimizer):
         for p in live:
             if "slow" not in self.state[p]:
                 self.state[p]["slow"] = torch.zeros_like(p)
-        slow, grads = [self.state[p]["slow"] for p in live], [p.grad for p in live]
+        slow, grads = [local(self.state[p]["slow"]) for p in live], [local(p.grad) for p in live]
         torch._foreach_lerp_(slow, grads, 1 - self.config.grokfast_alpha)
         torch._foreach_add_(grads, slow, alpha=self.config.grokfast_lambda)
 
@@ -143,24 +156,26 @@ class MuonGrokfast(torch.optim.Optimizer):
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+        momentum, grads = [local(self.state[p]["momentum"]) for p in params], [local(p.grad) for p in params]
         torch._foreach_lerp_(momentum, grads, 1 - config.momentum)
         nesterov = torch._foreach_lerp(grads, momentum, config.momentum)
-        update_GRC = newton_schulz(torch.stack(nesterov), config.ns_steps, config.ns_coefficients)
+        full = [_gathered(part, p) for part, p in zip(nesterov, params)]
+        update_GRC = newton_schulz(torch.stack(full), config.ns_steps, config.ns_coefficients)
         if config.normuon_beta:
             update_GRC = self._equalise_rows(params, update_GRC)
         rows, cols = params[0].shape
         size = math.sqrt(max(1, rows / cols)) if config.scale == "original" else 0.2 * math.sqrt(max(rows, cols))
-        targets = [self.state[p]["latent"] for p in params] if config.ste else params
+        weights = [local(p.detach()) for p in params]
+        updates = [local(placed_like(update, p)) for update, p in zip(update_GRC.unbind(), params)]
         if config.weight_decay:
-            self._decay(targets, update_GRC, lr * config.weight_decay)
-        torch._foreach_add_(targets, list(update_GRC.unbind()), alpha=-lr * size)
-        if config.ste:
-            for p, latent in zip(params, targets):
-                p.copy_(ternary(latent))
+            self._decay(weights, updates, lr * config.weight_decay)
+        torch._foreach_add_(weights, updates, alpha=-lr * size)
 
     def _equalise_rows(self, params: list[Tensor], update_GRC: Tensor) -> Tensor:
-        """NorMuon: divide rows by their running size, then restore the matrix's Frobenius norm."""
+        """NorMuon: divide rows by their running size, then restore the matrix's Frobenius norm.
+
+        One number per row: small enough that every process keeps them all.
+        """
         beta = self.config.normuon_beta
         for p in params:
             if "row_square" not in self.state[p]:
@@ -171,12 +186,12 @@ class MuonGrokfast(torch.optim.Optimizer):
         update_GRC = update_GRC / (torch.stack(squares).sqrt() + 1e-8)
         return update_GRC * (before / (update_GRC.norm(dim=(-2, -1), keepdim=True) + 1e-8))
 
-    def _decay(self, weights: list[Tensor], update_GRC: Tensor, amount: float) -> None:
+    def _decay(self, weights: list[Tensor], updates: list[Tensor], amount: float) -> None:
         if not self.config.cautious_decay:
             torch._foreach_mul_(weights, 1 - amount)
             return
         W_GRC = torch.stack(weights)
-        pull = W_GRC * (W_GRC * update_GRC >= 0)
+        pull = W_GRC * (W_GRC * torch.stack(updates) >= 0)
         torch._foreach_add_(weights, list(pull.unbind()), alpha=-amount)
 
     def _adamw(self, group: dict) -> None:
@@ -188,19 +203,31 @@ class MuonGrokfast(torch.optim.Optimizer):
         for p in live:
             state = self.state[p]
             if "mean" not in state:
-                state.update(mean=torch.zeros_like(p), square=torch.zeros_like(p), count=torch.zeros(()))
-            state["count"] += 1
-        states, grads = [self.state[p] for p in live], [p.grad for p in live]
-        means, squares = [s["mean"] for s in states], [s["square"] for s in states]
+                # The name "step" keeps torch from moving the counter to the parameter's device on loading.
+                state.update(mean=torch.zeros_like(p), square=torch.zeros_like(p), step=torch.zeros(()))
+            state["step"] += 1
+        states, grads = [self.state[p] for p in live], [local(p.grad) for p in live]
+        weights = [local(p.detach()) for p in live]
+        means, squares = [local(s["mean"]) for s in states], [local(s["square"]) for s in states]
         torch._foreach_lerp_(means, grads, 1 - b1)
         torch._foreach_mul_(squares, b2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - b2)
-        counts = [float(s["count"]) for s in states]
+        counts = [float(s["step"]) for s in states]
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, [math.sqrt(1 - b2**n) for n in counts])
         torch._foreach_add_(roots, config.eps)
         if config.fallback_weight_decay:
-            torch._foreach_mul_(live, 1 - group["lr"] * config.fallback_weight_decay)
+            torch._foreach_mul_(weights, 1 - group["lr"] * config.fallback_weight_decay)
         steps = torch._foreach_div(means, roots)
         torch._foreach_mul_(steps, [-group["lr"] / (1 - b1**n) for n in counts])
-        torch._foreach_add_(live, steps)
+        torch._foreach_add_(weights, steps)
+
+
+def _gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The full tensor whose shards, placed as ``like``'s, the processes hold."""
+    if not hasattr(like, "device_mesh"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()

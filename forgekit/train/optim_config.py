@@ -52,7 +52,7 @@ class MuGrokConfig(Config):
     ste: bool = False
     """Keep Muon-path weights on the ternary grid and train hidden full-precision copies (straight-through)."""
     kl_coefficient: NonNegative = 0.0
-    """Weight of the KL divergence to a reference model that the training loop adds to the loss."""
+    """Weight of the KL divergence to a reference model, for phases that hold one and add it to their loss."""
 
     @classmethod
     def from_phase(cls, phase: int) -> MuGrokConfig:

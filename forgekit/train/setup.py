@@ -33,9 +33,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def activations_per_token(config) -> int:
-    """Values kept per token for the backward pass, generously: about 40 widths per block plus the logits."""
+    """Values kept per token for the backward pass, generously: about 40 widths per block, and the logits per answer."""
     width, layers = getattr(config, "d_model", 512), getattr(config, "n_layers", 8)
-    return 40 * width * layers + 3 * getattr(config, "vocab_size", 0)
+    return 40 * width * layers + 3 * getattr(config, "vocab_size", 0) * max(1, getattr(config, "t_max", 0))
 
 
 def choose_plan(model: nn.Module, config: TrainConfig, device: torch.device, share: int = 1) -> BatchPlan:

@@ -1,0 +1,118 @@
+"""What people see: plans, results, evidence, a short conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent_forge.cli.shared import say, table
+
+MARKS = {
+    "improved": "[green]improved[/]",
+    "no-difference": "[yellow]no difference[/]",
+    "worse": "[red]worse[/]",
+    "no-signal": "[dim]no signal[/]",
+}
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """The forecast of a run."""
+    model = plan["model"]
+    total = sum(model["split"].values())
+    rows = [[part, f"{n:,}", f"{n / total:.1%}"] for part, n in model["split"].items()]
+    rows.append(["total", f"{total:,}", f"target {model['target']:,}"])
+    table(f"{plan['profile']}: {plan['about']}", ["part", "parameters>", "share>"], rows)
+    shape = model["config"]
+    keys = (
+        "family",
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "ffn_hidden",
+        "vocab_size",
+        "emb_rank",
+        "window",
+        "max_seq_len",
+        "memory",
+        "d_mem",
+        "t_max",
+    )
+    say("  ".join(f"{k}={shape[k]}" for k in keys if k in shape) + f"  {model['mflops_per_token']:.2f} MFLOP/token")
+    cells = [
+        [s["phase"], s["stage"], f"{s['steps']:,}", f"{s['tokens']:,}", f"{s['seconds']:.0f}"] for s in plan["stages"]
+    ]
+    cells.append(["", "all training", "", "", f"{plan['seconds']:.0f}"])
+    table("", ["phase", "stage", "steps>", "tokens>", "seconds, measured here>"], cells)
+    say(f"disk: {plan['disk_bytes'] / 1e6:.0f} MB at the peak")
+
+
+def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, Any]) -> None:
+    """Every claim with its numbers and verdict, then the tables."""
+    cells = []
+    for e in records:
+        interval = f"[{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" if e["ci95"] else "-"
+        chance = "-" if e["chance"] is None else f"{e['chance']:.2f}"
+        before, after = (("-" if e[k] is None else f"{e[k]:.3f}") for k in ("before", "after"))
+        cells.append([e["claim"], e["metric"], before, after, interval, chance, e["n"], MARKS[e["verdict"]]])
+    columns = ["claim", "metric", "before>", "after>", "95 % of the change>", "chance>", "n>", "verdict"]
+    table(f"{name}: evidence on the report split", columns, cells)
+    levels = tables.get("levels", {})
+    if levels:
+        tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
+        rows = [[t, *(_percent(levels[m].get(t)) for m in levels)] for t in tasks]
+        table("exact answers by family and level", ["task", *(f"{m}>" for m in levels)], rows)
+    histogram = tables.get("act_histogram", {})
+    if histogram:
+        steps = list(next(iter(histogram.values())))
+        rows = [[m, *(f"{shares[s]:.0%}" for s in steps)] for m, shares in histogram.items()]
+        table(
+            "recursion steps taken on held-out text", ["model", *(f"{s} step{'s' * (s != '1')}>" for s in steps)], rows
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
+
+
+def show_results(forge, results: dict) -> None:
+    """After a run: evidence, gate, a conversation, and what to do next."""
+    for name, result in results.items():
+        show_evidence(name, [e.model_dump() for e in result.evidence], result.metrics)
+        decision = result.artifacts.get("gate")
+        if decision:
+            word = "[green]passed[/]" if decision["passed"] else "[red]said no[/]"
+            say(f"gate {name}: {word}")
+            for reason in decision["reasons"]:
+                if reason.startswith("no"):
+                    say(f"  {reason}", "red")
+        say(f"{name}: {result.duration_seconds:.0f} s")
+    _conversation(forge, results)
+    say(f"next: agent-forge chat        agent-forge report {forge.session_id[:8]} --json        agent-forge models")
+
+
+def _conversation(forge, results: dict) -> None:
+    """A few real questions to every model of the last phase, and what it really answers."""
+    from forgekit.data.gym import generate
+    from forgekit.data.tokenizer import question
+    from forgekit.infer.engine import Engine
+    from forgekit.infer.sampling import SamplingConfig
+    from forgekit.models.io import read_model
+
+    result = list(results.values())[-1]
+    ids = result.artifacts.get("all_models") or [result.model]
+    rows = []
+    for name, model_id in zip(result.artifacts.get("model_names", ids), ids):
+        engine = Engine(*read_model(forge.storage.resolve(model_id)))
+        plan = next((s for s in result.config.get("specialists", []) if s["name"] == name), None)
+        mix = [*(plan["mix"] if plan else []), {"family": "sort", "levels": [3], "options": {}}]
+        problems = [
+            generate(m["family"], m["levels"][-1], 1, seed=7, split="report", **m["options"])[0] for m in mix[:3]
+        ]
+        answers = engine.generate(
+            [question(p.prompt) for p in problems], SamplingConfig(max_tokens=24, temperature=0.0)
+        )
+        for p, a in zip(problems, answers):
+            mark = "[green]right[/]" if a.text == p.answer else f"[red]wrong[/], it is {p.answer}"
+            rows.append(
+                [name, p.prompt if len(p.prompt) < 90 else f"{p.prompt[:60]} ... {p.prompt[-22:]}", a.text, mark]
+            )
+    table("a short conversation", ["model", "asked", "answered", ""], rows)

@@ -1,0 +1,151 @@
+"""Data of phase 1: the trunk's text and problems, the specialists' mixes, the report sets."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
+from forgekit.config import canonical_json
+from forgekit.data import catalogue
+from forgekit.data.batches import Mixture, ProblemSource, TextSource, encode_texts
+from forgekit.data.contamination import bench_texts, ngram_index, scan
+from forgekit.data.gym import Problem, generate
+from forgekit.data.quality import QualityConfig, clean
+from forgekit.data.tokenizer import chat_text, train_tokenizer
+from forgekit.errors import DataError
+from forgekit.train.config import TrainConfig
+
+
+@dataclass
+class CognateData:
+    """Everything the phase trains on and reports with.
+
+    Attributes:
+        tokenizer: trained on the train split of text and problems.
+        train_texts, report_texts: disjoint documents.
+        trunk_problems: the trunk's training problems.
+        provenance: what was used, for the manifest; ``data_hash`` over all of it.
+        notes: sentences for people.
+    """
+
+    tokenizer: Any
+    train_texts: list[str]
+    report_texts: list[str]
+    trunk_problems: list[Problem]
+    provenance: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 over the provenance records."""
+        return hashlib.sha256(canonical_json(self.provenance).encode()).hexdigest()
+
+
+def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> CognateData:
+    """Load, clean and split the text, draw the trunk's problems, train the tokenizer.
+
+    Args:
+        config: the phase's settings.
+        vocab_size: rows of the vocabulary.
+        folder: a data folder, or None for what every machine has.
+    """
+    train_texts, report_texts, provenance, notes = load_texts(config, folder)
+    problems = draw(config.trunk_mix, config.pool, config.trunk.seed)
+    shown = [
+        chat_text([{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.answer}])
+        for mix in (config.trunk_mix, *(s.mix for s in config.specialists))
+        for p in draw(mix, 100, config.trunk.seed)
+    ]
+    tokenizer = train_tokenizer([*shown, *(t[:20_000] for t in train_texts)], vocab_size)
+    gym = {
+        "name": "gym",
+        "source": "generated",
+        "seed": config.trunk.seed,
+        "row_count": len(problems),
+        "mix": [m.model_dump() for m in config.trunk_mix],
+    }
+    return CognateData(tokenizer, train_texts, report_texts, problems, [*provenance, gym], notes)
+
+
+def load_texts(config: CognateConfig, folder: Path | None):
+    """(train texts, report texts, provenance, notes); documents are split by content, benchmarks kept out."""
+    plan = config.text
+    names = list(plan.names)
+    if folder is not None:
+        status = {s.name: s.found for s in catalogue.available(folder)}
+        names += [n for n in plan.local if status.get(n)]
+    rows, provenance, notes = [], [], []
+    for name in names:
+        split = "train" if _has_split(name, "train", folder) else "valid"
+        loaded = catalogue.load(name, split, folder=folder, allow_hub=False)
+        part = _take(loaded.for_training(), plan.bytes_each)
+        provenance.append({**loaded.provenance(), "rows_used": len(part)})
+        notes.append(f"{name}: {len(part):,} of {loaded.row_count:,} rows, {loaded.note}")
+        rows += part
+    rows, report = clean(rows, QualityConfig())
+    notes.append(f"quality: {report.kept} of {report.total} documents kept, dropped {report.counts or 'none'}")
+    rows = _without_benchmarks(rows, folder, notes)
+    parts = catalogue.split_rows(rows, config.trunk.seed)
+    if not parts["train"] or not parts["report"]:
+        raise DataError("too little text is left after cleaning", where="text", remedy="raise text.bytes_each")
+    return [r["text"] for r in parts["train"]], [r["text"] for r in parts["report"]], provenance, notes
+
+
+def _has_split(name: str, split: str, folder: Path | None) -> bool:
+    where = next((s.where for s in catalogue.available(folder) if s.name == name), "")
+    return f"{split}:" in where
+
+
+def _take(rows: list[dict], limit: int) -> list[dict]:
+    """Rows from the front until ``limit`` bytes."""
+    taken, total = [], 0
+    for row in rows:
+        total += len(row["text"].encode())
+        taken.append(row)
+        if total >= limit:
+            break
+    return taken
+
+
+def _without_benchmarks(rows: list[dict], folder: Path | None, notes: list[str]) -> list[dict]:
+    """Rows that share no 13-gram with a benchmark of the data folder."""
+    benches = bench_texts(folder) if folder is not None else {}
+    if not benches:
+        return rows
+    index = ngram_index(benches)
+    dirty = [i for i, row in enumerate(rows) if scan(index, [row["text"]]).hits]
+    notes.append(
+        f"contamination: {len(dirty)} of {len(rows)} documents share 13 words with a benchmark and were dropped"
+    )
+    return [row for i, row in enumerate(rows) if i not in set(dirty)]
+
+
+def draw(mix: tuple[GymMix, ...], per_level: int, seed: int, split: str = "train") -> list[Problem]:
+    """``per_level`` problems of every family and level of a mix."""
+    return [
+        problem
+        for part in mix
+        for level in part.levels
+        for problem in generate(part.family, level, per_level, seed=seed, split=split, **part.options)
+    ]
+
+
+def trunk_mixture(data: CognateData, config: CognateConfig) -> Mixture:
+    """Batches of the trunk."""
+    text = TextSource(encode_texts(data.tokenizer, data.train_texts))
+    gym = ProblemSource(data.tokenizer, data.trunk_problems)
+    sources = ((text, config.text.share), (gym, 1 - config.text.share))
+    return Mixture(sources, config.trunk.rows, config.trunk.seq_len, config.trunk.seed)
+
+
+def specialist_mixture(data: CognateData, config: CognateConfig, plan: SpecialistPlan, train: TrainConfig) -> Mixture:
+    """Batches of a specialist: its speciality, and a share of the trunk's data so that it forgets little."""
+    text = TextSource(encode_texts(data.tokenizer, data.train_texts))
+    gym = ProblemSource(data.tokenizer, data.trunk_problems)
+    own = ProblemSource(data.tokenizer, draw(plan.mix, config.pool, plan.seed))
+    old = plan.rehearse
+    sources = ((own, 1 - old), (gym, old * (1 - config.text.share)), (text, old * config.text.share))
+    return Mixture(sources, train.rows, train.seq_len, plan.seed)

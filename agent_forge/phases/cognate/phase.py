@@ -1,0 +1,203 @@
+"""Phase 1, Cognate: one trunk from nothing, then three specialists from the trunk.
+
+Merging needs siblings (DESIGN 7 (1)): the trunk is trained once and branched, so that phase 2 can merge what the
+specialists learned, with the trunk as the common ancestor.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agent_forge.phases.cognate.ablation import ablations
+from agent_forge.phases.cognate.card import card
+from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
+from agent_forge.phases.cognate.data import CognateData, prepare, specialist_mixture, trunk_mixture
+from agent_forge.phases.cognate.evidence import Subject, gate, measure
+from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
+from forgekit.compute.disk import require_free
+from forgekit.models.io import build_model, load_weights, size_mb
+from forgekit.store.artifact import ArtifactExtras
+from forgekit.train.config import TrainConfig
+from forgekit.train.loop import StepInfo, Trainer
+
+
+@dataclass
+class Made:
+    """A trained model of this run."""
+
+    model_id: str
+    model: torch.nn.Module
+    losses: list[float]
+
+
+class CognatePhase(PhaseController):
+    """Makes ``trunk`` and the specialists; its models hand over to EvoMerge."""
+
+    name = "cognate"
+    config: CognateConfig
+
+    def validate_input(self, models: list[str]) -> None:
+        """Phase 1 starts from nothing: any input is fine because none is used."""
+
+    def run(self, models: list[str]) -> PhaseResult:
+        """Train, measure, save. See :meth:`PhaseController.run`."""
+        began = time.perf_counter()
+        context, config = self.context, self.config
+        shape = context.profile.model_config_solved()
+        require_free(context.folder, 12 * 4 * shape.parameters() * (len(config.specialists) + 1), "phase 1")
+        context.logger.metrics(
+            {
+                "config/num_models": len(config.specialists),
+                "config/hidden_size": shape.d_model,
+                "config/num_layers": shape.n_layers,
+                "config/parameters_target": context.profile.model.target_parameters,
+            }
+        )
+        context.show(Progress("data", 0, 1, "text, problems, tokenizer"))
+        data = prepare(config, shape.vocab_size, context.data)
+        for note in data.notes:
+            context.logger.event("data", note=note)
+        context.show(
+            Progress("data", 1, 1, f"{len(data.train_texts):,} documents, {len(data.trunk_problems):,} problems")
+        )
+        trunk = self._trunk(shape, data)
+        made = [self._specialist(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
+        context.show(Progress("evidence", 0, 1, "scoring the report split"))
+        subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
+        torch.manual_seed(config.trunk.seed)
+        evidence, tables = measure(config, build_model(shape), trunk.model, subjects, data)
+        if config.ablate:
+            evidence += ablations(config, shape, trunk.model, data, context.show)
+        context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
+        decision = gate(config, context.profile.gate).decide(evidence)
+        metrics = self._metrics(made, time.perf_counter() - began) | tables
+        return PhaseResult(
+            success=True,
+            model=trunk.model_id,
+            phase_name=self.name,
+            metrics=metrics,
+            artifacts={
+                "trunk": trunk.model_id,
+                "all_models": [m.model_id for m in made],
+                "model_names": [p.name for p in config.specialists],
+                "seeds": [p.seed for p in config.specialists],
+                "data": data.provenance,
+                "gate": decision.model_dump(),
+            },
+            duration_seconds=time.perf_counter() - began,
+            config=config.model_dump(mode="json"),
+            evidence=evidence,
+        )
+
+    def _trunk(self, shape, data: CognateData) -> Made:
+        torch.manual_seed(self.config.trunk.seed)
+        model = build_model(shape)
+        return self._make("trunk", 0, model, trunk_mixture(data, self.config), self.config.trunk, data, parents=[])
+
+    def _specialist(self, plan: SpecialistPlan, number: int, trunk: Made, data: CognateData) -> Made:
+        """Branch the trunk: same weights, the specialist's own traits, then its own data."""
+        traits = {k: v for k, v in plan.traits().items() if k in type(trunk.model.config).model_fields}
+        torch.manual_seed(plan.seed)
+        model = build_model(trunk.model.config.replace(**traits))
+        model.load_state_dict(trunk.model.state_dict())
+        train = self.config.training_of(plan)
+        mixture = specialist_mixture(data, self.config, plan, train)
+        return self._make(plan.name, number, model, mixture, train, data, parents=[trunk.model_id])
+
+    def _make(self, name: str, number: int, model, mixture, train: TrainConfig, data: CognateData, *, parents) -> Made:
+        """Train one model and save it; a finished one of this session is taken as it is."""
+        context = self.context
+        key = self.key(name, data.data_hash, *parents)
+        found = [
+            r
+            for r in context.storage.registry.search_models(phase=self.name, session_id=context.session_id)
+            if r["metadata"].get("config_hash") == key
+        ]
+        if found:
+            row = found[0]
+            load_weights(model, context.storage.resolve(row["model_id"]) / "model.safetensors")
+            context.show(Progress(name, train.steps, train.steps, "already made"))
+            return Made(row["model_id"], model.eval(), row["metadata"]["losses"])
+        folder = context.folder / "checkpoints" / name
+        trainer = Trainer(model, mixture, train, folder, context.logger, self._observer(name, number))
+        report = trainer.run()
+        context.logger.event(
+            "trained",
+            name=name,
+            tokens=report.tokens,
+            seconds=report.seconds,
+            recoveries=report.recoveries,
+            data_share=report.data_seconds / max(report.seconds, 1e-9),
+            losses=report.losses,
+        )
+        final = statistics.fmean(report.losses[-20:])
+        metadata = {
+            "parents": parents,
+            "config_hash": key,
+            "data_hash": data.data_hash,
+            "seeds": [train.seed],
+            "specialization": name if number else None,
+            "tags": ["cognate", name],
+            "final_loss": final,
+            "seed": train.seed,
+            "losses": [round(x, 4) for x in report.losses],
+            "metrics": {"final_loss": final, "tokens": report.tokens},
+        }
+        extras = ArtifactExtras(metrics=metadata["metrics"], readme=card(name, model.config, train, metadata, data))
+        model_id = context.storage.save_model(
+            model, context.session_id, self.name, name, metadata, tokenizer=data.tokenizer, extras=extras
+        )
+        trainer.checkpoints.clear()
+        if number:
+            context.logger.epoch(1, {f"model_{number}/epoch/loss": statistics.fmean(report.losses)})
+        return Made(model_id, model, report.losses)
+
+    def _observer(self, name: str, number: int):
+        """Progress for people at every step, metrics for the log every few."""
+
+        def observe(info: StepInfo) -> None:
+            note = (
+                f"loss {info.loss_avg_100:.3f}  {info.tokens_per_second:,.0f} tokens/s  {info.seconds_left:.0f} s left"
+            )
+            self.context.show(Progress(name, info.step, info.steps, note))
+            if info.step % self.config.trunk.log_every and info.step != info.steps:
+                return
+            values: dict[str, Any] = {
+                "train/loss": info.loss,
+                "train/loss_avg_100": info.loss_avg_100,
+                "train/learning_rate": info.learning_rate,
+                "train/tokens_per_second": info.tokens_per_second,
+                "train/grad_norm": info.grad_norm,
+            }
+            values |= {k: v for k, v in info.parts.items() if k in ("act/mean_steps", "gate/entropy")}
+            if number:
+                self.context.logger.metrics({f"model_{number}/{k}": v for k, v in values.items()}, step=info.step)
+            else:
+                self.context.logger.event("trunk_metrics", step=info.step, **values)
+
+        return observe
+
+    def _metrics(self, made: list[Made], seconds: float) -> dict[str, Any]:
+        """The metrics the sources list for phase 1, emitted under their names."""
+        finals = [statistics.fmean(m.losses[-20:]) for m in made]
+        sizes = [size_mb(m.model) for m in made]
+        counts = [sum(p.numel() for p in m.model.parameters()) for m in made]
+        for number, (size, count) in enumerate(zip(sizes, counts), 1):
+            self.context.logger.metrics({f"model_{number}/size_mb": size, f"model_{number}/parameters": count})
+        values = {
+            "phase/num_models_created": len(made),
+            "phase/total_parameters": sum(counts),
+            "phase/avg_final_loss": statistics.fmean(finals),
+            "phase/min_final_loss": min(finals),
+            "phase/max_final_loss": max(finals),
+            "phase/total_size_mb": sum(sizes),
+            "phase/duration_seconds": seconds,
+            "phase/success": True,
+        }
+        self.context.logger.metrics(values)
+        return values

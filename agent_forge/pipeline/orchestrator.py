@@ -1,0 +1,217 @@
+"""Runs phases in order, as a session that can be interrupted at any instant and resumed.
+
+A session is a plan (profile, until, data folder) in the registry and a folder on disk. Every finished phase leaves
+``result.json``; a resumed session skips it, and the phase itself skips finished pieces and goes on from checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from agent_forge.pipeline.phase import PHASES, PhaseContext, PhaseResult, Progress
+from agent_forge.profile import Profile, load_profile
+from forgekit.compute.device import environment
+from forgekit.compute.monitor import ResourceMonitor
+from forgekit.errors import ArtifactError, ConfigError, ForgeError
+from forgekit.measure.evidence import Evidence
+from forgekit.registry import unknown
+from forgekit.store import fsio
+from forgekit.store.cleanup import SessionCleanupManager
+from forgekit.store.database import session_alive
+from forgekit.store.names import PHASES as ORDER
+from forgekit.store.names import canonical_phase, phase_folder
+from forgekit.store.storage import ModelStorage
+from forgekit.tracking.loggers import PipelineLogger
+
+
+class PipelineOrchestrator:
+    """One session; use it as a context manager.
+
+    Args:
+        profile: a profile, its name, or a file.
+        storage: where sessions, models and the registry live.
+        data: a data folder for the phases, or None.
+        session_id: an existing session to go on with; None begins a new one.
+        show: called with :class:`Progress`.
+        sinks: further metric sinks by name (``wandb``, ``mlflow``).
+    """
+
+    def __init__(
+        self,
+        profile: Profile | str = "nano",
+        storage: Path | str = "./storage",
+        data: Path | str | None = None,
+        session_id: str | None = None,
+        show: Callable[[Progress], None] = lambda progress: None,
+        sinks: tuple[str, ...] = (),
+    ) -> None:
+        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        self.data = Path(data).expanduser().absolute() if data else None
+        if self.data is not None and not self.data.is_dir():
+            raise ConfigError(f"no folder {self.data}", where="--data", remedy="give a folder with data sets")
+        self.storage = ModelStorage(storage)
+        self.show = show
+        plan = {"profile": self.profile.model_dump(mode="json"), "data": str(self.data) if self.data else None}
+        self.session_id = self.storage.registry.create_session(plan, session_id) if not session_id else session_id
+        self.folder = fsio.make_folder(self.storage.session_path(self.session_id))
+        self.logger = PipelineLogger(self.folder, self.session_id, ("jsonl", *sinks))
+        self._monitor = ResourceMonitor(self.logger, interval=5.0)
+
+    @classmethod
+    def resume(cls, session_id: str, storage: Path | str = "./storage", **options: Any) -> PipelineOrchestrator:
+        """Go on with an interrupted session, with the plan it was started with.
+
+        Raises:
+            ArtifactError: no such session, or it is running in another process.
+        """
+        registry = ModelStorage(storage).registry
+        row = registry.get_session(_full_id(registry, session_id))
+        if row["status"] == "running" and session_alive(row):
+            raise ArtifactError(
+                f"is running in process {row['pid']}",
+                where=f"session {row['session_id']}",
+                remedy="wait, or stop it first",
+            )
+        plan = row["config"]
+        return cls(
+            Profile.build(plan["profile"], f"session {row['session_id']}"),
+            storage,
+            data=plan.get("data"),
+            session_id=row["session_id"],
+            **options,
+        )
+
+    def __enter__(self) -> PipelineOrchestrator:
+        import torch
+
+        torch.set_num_threads(self.profile.threads or torch.get_num_threads())
+        self.storage.registry.update_session(self.session_id, status="running")
+        self.logger.event("session_started", profile=self.profile.name, environment=environment())
+        self._monitor.start_monitoring()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        status = "completed" if error is None else "paused" if isinstance(error, KeyboardInterrupt) else "failed"
+        try:
+            self._monitor.stop_monitoring()
+            self.logger.event("session_ended", status=status, error=str(error) if error else None)
+            self.storage.registry.update_session(self.session_id, status=status)
+            if status == "completed":
+                manager = SessionCleanupManager(self.storage.registry, self.storage, self.profile.cleanup)
+                manager.auto_cleanup_on_session_complete(self.session_id)
+        finally:
+            self.logger.close()
+
+    def run_full_pipeline(self, until: str | int | None = None) -> dict[str, PhaseResult]:
+        """Run every phase the profile has settings for, in order, up to and including ``until``.
+
+        Raises:
+            ConfigError: unknown phase, or one the profile has no settings for.
+        """
+        last = phase_name(until) if until is not None else None
+        names = [name for name in ORDER if name in self.profile.phases]
+        if last is not None and last not in names:
+            self.profile.phase(last)
+        results: dict[str, PhaseResult] = {}
+        models: list[str] = []
+        for done, name in enumerate(names):
+            self.storage.registry.update_session(
+                self.session_id, current_phase=name, progress_percent=100.0 * done / len(names)
+            )
+            results[name] = self.run_single_phase(name, models)
+            models = list(results[name].artifacts.get("all_models") or [results[name].model])
+            if name == last:
+                break
+        self.storage.registry.update_session(self.session_id, progress_percent=100.0)
+        return results
+
+    def run_single_phase(self, phase: str | int, models: list[str] | None = None) -> PhaseResult:
+        """Run one phase by name or number on models given by id.
+
+        Raises:
+            ForgeError: the input does not fit, or the phase failed; one line says why.
+        """
+        name = phase_name(phase)
+        config = self.profile.phase(name)
+        folder = fsio.make_folder(self.folder / phase_folder(name))
+        key = {"config": config.fingerprint(), "inputs": models or []}
+        finished = _finished(folder / "result.json", key)
+        if finished is not None:
+            self.show(Progress(name, 1, 1, "already finished"))
+            return finished
+        logger = self.logger.phase(name)
+        context = PhaseContext(self.session_id, folder, self.profile, self.storage, logger, self.data, self.show)
+        controller = PHASES.get(name)(config, context)
+        controller.validate_input(models or [])
+        logger.event("phase_started", inputs=models or [])
+        try:
+            result = controller.run(models or [])
+        except ForgeError as error:
+            logger.event("phase_failed", error=str(error))
+            raise
+        result.end_time = datetime.now(UTC).isoformat()
+        record = json.dumps({"key": key, **result.record()}, indent=1, default=str)
+        fsio.write_atomic(folder / "result.json", record.encode())
+        logger.event("phase_finished", seconds=result.duration_seconds, success=result.success)
+        return result
+
+
+def phase_name(phase: str | int) -> str:
+    """The canonical name of a phase given by name, alias or number.
+
+    Raises:
+        ConfigError: unknown; the nearest names are given.
+    """
+    if isinstance(phase, int) or str(phase).isdigit():
+        number = int(phase)
+        if not 1 <= number <= len(ORDER):
+            raise ConfigError(f"there is no phase {number}", where="phase", remedy=f"choose 1 to {len(ORDER)}")
+        return ORDER[number - 1]
+    name = canonical_phase(str(phase))
+    if name not in ORDER:
+        raise unknown("phase", phase, list(ORDER))
+    return name
+
+
+def session_results(storage: ModelStorage, session_id: str) -> dict[str, dict[str, Any]]:
+    """The finished phases' ``result.json`` of a session, in phase order."""
+    folder = storage.session_path(session_id)
+    paths = ((name, folder / phase_folder(name) / "result.json") for name in ORDER)
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths if path.is_file()}
+
+
+def _full_id(registry, prefix: str) -> str:
+    """The one session that begins with ``prefix`` (``latest`` is the newest).
+
+    Raises:
+        ArtifactError: none or several do.
+    """
+    rows = registry.get_all_sessions()
+    if prefix == "latest" and rows:
+        return max(rows, key=lambda r: r["start_time"])["session_id"]
+    hits = [r["session_id"] for r in rows if r["session_id"].startswith(prefix)]
+    if len(hits) != 1:
+        what = f"{len(hits)} sessions begin with {prefix!r}" if hits else f"no session {prefix!r}"
+        raise ArtifactError(what, where="session", remedy="see `agent-forge status`")
+    return hits[0]
+
+
+find_session = _full_id
+
+
+def _finished(path: Path, key: dict[str, Any]) -> PhaseResult | None:
+    """The stored result, if it was made by the same settings from the same inputs."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ArtifactError("is not JSON", where=str(path), remedy="delete it to run the phase again") from None
+    if record.pop("key") != key:
+        return None
+    record["evidence"] = [Evidence.build(e, str(path)) for e in record["evidence"]]
+    return PhaseResult(**record)

@@ -1,0 +1,156 @@
+"""Scores of a model: exact answers on problems, bits per byte on text.
+
+Greedy generation reproduces an answer exactly when, reading the right answer, every next-token argmax is the
+answer's own token. So one forward pass over prompt and answer tells what generation would do (a test holds it
+to the engine), for all tokens at once and without generating.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from forgekit.data.batches import ProblemSource, encode_texts
+from forgekit.data.gym import Problem
+from forgekit.errors import DataError
+from forgekit.models.constants import IGNORE
+
+
+@dataclass(frozen=True)
+class ProblemScores:
+    """One entry per problem, in the order given.
+
+    Attributes:
+        right: 1.0 where the greedy answer is exactly right.
+        nats: mean cross-entropy per answer token.
+        steps: mean recursion steps per answer token (zeros for families without adaptive computation).
+        tokens: answer tokens, the end token included.
+    """
+
+    right: np.ndarray
+    nats: np.ndarray
+    steps: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share of exactly right answers."""
+        return float(self.right.mean())
+
+    @property
+    def mean_steps(self) -> float:
+        """Recursion steps per answer token."""
+        return float((self.steps * self.tokens).sum() / self.tokens.sum())
+
+
+def score_problems(model, tokenizer, problems: list[Problem], batch_tokens: int = 16384) -> ProblemScores:
+    """Score greedy answers and likelihoods; the model is left in the mode it was in.
+
+    Args:
+        model: satisfies :class:`forgekit.models.base.CausalLM`.
+        tokenizer: its tokenizer.
+        problems: at least one.
+        batch_tokens: tokens scored at once; problems of similar length share a batch.
+    """
+    source = ProblemSource(tokenizer, problems)
+    device = next(model.parameters()).device
+    columns = np.zeros((4, len(problems)))
+    order = np.argsort(source.size, kind="stable")
+    was_training, at = model.training, 0
+    model.eval()
+    with torch.inference_mode():
+        while at < len(order):
+            widest = int(source.size[order[at : at + max(1, batch_tokens // int(source.size[order[at]]))]].max())
+            chosen = order[at : at + max(1, batch_tokens // widest)]
+            columns[:, chosen] = _score_rows(model, source, chosen, device)
+            at += len(chosen)
+    model.train(was_training)
+    return ProblemScores(*columns)
+
+
+def _score_rows(model, source: ProblemSource, chosen: np.ndarray, device: torch.device) -> np.ndarray:
+    """(4, B): right, nats, steps, tokens of the chosen problems."""
+    length = int(source.size[chosen].max())
+    ids = np.full((len(chosen), length), source.pad, dtype=np.int64)
+    labels = np.full((len(chosen), length), IGNORE, dtype=np.int64)
+    for row, i in enumerate(chosen):
+        start, size, prompt = source.start[i], source.size[i], source.prompt_size[i]
+        ids[row, :size] = source.tokens[start : start + size]
+        labels[row, prompt - 1 : size - 1] = source.tokens[start + prompt : start + size]
+    labels_BT = torch.from_numpy(labels).to(device)
+    out = model(torch.from_numpy(ids).to(device))
+    asked_BT = labels_BT != IGNORE
+    right_B = ((out.logits.argmax(-1) == labels_BT) | ~asked_BT).all(1)
+    nats_BT = F.cross_entropy(out.logits.transpose(1, 2).float(), labels_BT, ignore_index=IGNORE, reduction="none")
+    tokens_B = asked_BT.sum(1)
+    steps_B = torch.zeros_like(tokens_B) if out.steps is None else (out.steps * asked_BT).sum(1) / tokens_B
+    rows = (right_B, nats_BT.sum(1) / tokens_B, steps_B, tokens_B)
+    return torch.stack([r.double() for r in rows]).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Windows of held-out text: ``bits`` and ``bytes`` of each, so that any share of them can be averaged."""
+
+    bits: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def per_window(self) -> np.ndarray:
+        """Bits per byte of every window."""
+        return self.bits / self.bytes
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte over all windows: comparable between tokenizers."""
+        return float(self.bits.sum() / self.bytes.sum())
+
+
+def score_text(model, tokenizer, texts: Iterable[str], length: int, windows: int, rows: int = 16) -> TextScores:
+    """Score up to ``windows`` windows of ``length`` tokens, evenly spread over the texts; each starts fresh.
+
+    Raises:
+        DataError: the texts are shorter than one window.
+    """
+    tokens = encode_texts(tokenizer, texts)
+    count = min(windows, (len(tokens) - 1) // length)
+    if count < 1:
+        raise DataError(f"{len(tokens)} tokens are fewer than a window of {length}", where="text", remedy="give more")
+    starts = np.linspace(0, len(tokens) - 1 - length, count).astype(int)
+    sizes = byte_lengths(tokenizer)
+    device, bits, counted = next(model.parameters()).device, [], []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for chunk in np.array_split(starts, math.ceil(count / rows)):
+            window = tokens[chunk[:, None] + np.arange(length + 1)].astype(np.int64)
+            ids, labels = torch.from_numpy(window[:, :-1]).to(device), torch.from_numpy(window[:, 1:]).to(device)
+            nats = F.cross_entropy(model(ids).logits.transpose(1, 2).float(), labels, reduction="none")
+            bits.append(nats.double().sum(1).cpu().numpy() / math.log(2))
+            counted.append(np.maximum(1, sizes[window[:, 1:]].sum(1)))
+    model.train(was_training)
+    return TextScores(np.concatenate(bits), np.concatenate(counted).astype(float))
+
+
+def byte_lengths(tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each token of a byte-level vocabulary stands for; reserved tokens stand for none."""
+    reserved = set(tokenizer.get_added_tokens_decoder())
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
+        # In a byte-level vocabulary every character of a token's name stands for exactly one byte.
+        sizes[index] = 0 if index in reserved else len(token)
+    return sizes
+
+
+def majority_share(problems: list[Problem]) -> float:
+    """Accuracy of always giving the most frequent answer: what a model could reach without reading."""
+    _, counts = np.unique([p.answer for p in problems], return_counts=True)
+    return float(counts.max() / len(problems))
