@@ -39,23 +39,23 @@ class ModelPlan(Config):
     @model_validator(mode="after")
     def _solvable(self):
         if self.family not in MODEL_CONFIGS:
-            raise ValueError(str(unknown("model family", self.family, MODEL_CONFIGS.names())))
-        try:
-            self.solve()
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+            known = unknown("model family", self.family, MODEL_CONFIGS.names())
+            raise ConfigError(known.what, where="model.family", remedy=known.remedy)
+        self.solve()
         return self
 
     def solve(self) -> Budget:
-        """The complete model configuration, with its parameter split."""
-        template = MODEL_CONFIGS.get(self.family).build(self.settings, "model.settings")
-        return solve_budget(
-            template,
-            self.target_parameters,
-            width=self.d_model,
-            tolerance=self.tolerance,
-            embedding_share=self.embedding_share,
-        )
+        """The complete model configuration, with its parameter split.
+
+        Raises:
+            ConfigError: a setting is refused, or no shape fits.
+        """
+        template = MODEL_CONFIGS.get(self.family).build(self.settings, path="model.settings")
+        limits = {"tolerance": self.tolerance, "embedding_share": self.embedding_share}
+        try:
+            return solve_budget(template, self.target_parameters, width=self.d_model, **limits)
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"model.{error.where}", remedy=error.remedy) from None
 
 
 class Profile(Config):
@@ -68,7 +68,7 @@ class Profile(Config):
     context: Positive = 256
     """Longest sequence in tokens."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of torch; 0 takes the number of physical cores it finds. Results are the same bits for the same number."""
+    """Threads of torch; 0 takes one per physical core. Results are the same bits for the same number."""
     gate: Annotated[str, Field(pattern="^(stop|fall_back|accept)$")] = "fall_back"
     """What happens when a phase's gate says no."""
     model: ModelPlan = ModelPlan()
@@ -81,10 +81,10 @@ class Profile(Config):
     @model_validator(mode="after")
     def _phases_valid(self):
         for phase, values in self.phases.items():
-            try:
-                PHASE_CONFIGS.get(phase).build(values, f"phases.{phase}")
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
+            if phase not in PHASE_CONFIGS:
+                known = unknown("phase", phase, PHASE_CONFIGS.names())
+                raise ConfigError(known.what, where=f"phases.{phase}", remedy=known.remedy)
+            PHASE_CONFIGS.get(phase).build(values, path=f"phases.{phase}")
         return self
 
     def phase(self, name: str) -> Config:
@@ -99,7 +99,7 @@ class Profile(Config):
                 where=f"phases.{name}",
                 remedy=f"this profile runs: {', '.join(self.phases) or 'nothing'}",
             )
-        return PHASE_CONFIGS.get(name).build(self.phases[name], f"phases.{name}")
+        return PHASE_CONFIGS.get(name).build(self.phases[name], path=f"phases.{name}")
 
     def model_config_solved(self):
         """The model configuration the budget solver found, with the profile's context length."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import reprlib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,12 +27,13 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     @classmethod
-    def build(cls: type[C], values: dict[str, Any], source: str = "") -> C:
+    def build(cls: type[C], values: dict[str, Any], source: str = "", path: str = "") -> C:
         """Construct from a plain mapping.
 
         Args:
             values: field values, nested mappings for nested configurations.
             source: the file or option they came from, for the message.
+            path: dotted place of this configuration inside a larger one, for the message.
 
         Raises:
             ConfigError: names the field, the value, the rule and the remedy.
@@ -39,7 +41,10 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise explain(cls, error, source) from None
+            raise explain(cls, error, source, path) from None
+        except ConfigError as error:  # a validator's own, about a configuration inside this one
+            where = ".".join(filter(None, (path, error.where)))
+            raise ConfigError(error.what, where=_place(source, where), remedy=error.remedy) from None
 
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed; validated like a fresh one."""
@@ -55,42 +60,65 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
-def explain(kind: type[Config], error: ValidationError, source: str = "") -> ConfigError:
+def explain(kind: type[Config], error: ValidationError, source: str = "", path: str = "") -> ConfigError:
     """Turn pydantic's report into our one line: field, value, rule, remedy. Further problems are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    field = ".".join(str(part) for part in first["loc"]) or kind.__name__
+    inner = ".".join(str(part) for part in first["loc"])
+    field = ".".join(filter(None, (path, inner))) or kind.__name__
+    rule = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what, remedy = "unknown key", _nearest_field(kind, first["loc"])
     elif first["type"] == "missing":
         what, remedy = "missing", f"add {field} = ..."
+    elif first["type"] == "value_error" and isinstance(first["input"], dict):
+        # The rule joins several fields of a table and names them itself; the table would be pages long.
+        what, remedy = rule, ""
     else:
-        rule = first["msg"].removeprefix("Value error, ")
-        what = f"value {first['input']!r} refused: {rule[:1].lower()}{rule[1:]}"
-        remedy = f"see `agent-forge config --describe {field}`"
+        what = f"value {reprlib.repr(first['input'])} refused: {rule[:1].lower()}{rule[1:]}"
+        remedy = _meaning(kind, first["loc"])
     if len(problems) > 1:
-        remedy += f" (and {len(problems) - 1} more problem{'s' * (len(problems) > 2)})"
-    return ConfigError(what, where=f"{source}: {field}" if source else field, remedy=remedy)
+        more = f"and {len(problems) - 1} more problem{'s' * (len(problems) > 2)}"
+        remedy = f"{remedy} ({more})" if remedy else more
+    return ConfigError(what, where=_place(source, field), remedy=remedy)
 
 
-def field_of(kind: type[Config], path: tuple[str | int, ...]) -> tuple[type[Config] | None, Any]:
-    """Walk ``path`` through nested configurations; returns (owning class, field info) or (class, None)."""
-    owner: type[Config] | None = kind
+def config_in(annotation: Any) -> type[Config] | None:
+    """The configuration class inside an annotation such as ``tuple[TrainConfig, ...]``; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := config_in(part)) is not None), None)
+
+
+def _place(source: str, field: str) -> str:
+    return f"{source}: {field}" if source and field else source or field
+
+
+def _field(kind: type[Config], path: tuple[str | int, ...]) -> tuple[type[Config] | None, Any]:
+    """Walk ``path`` through nested configurations: (class inside the last field, that field's description)."""
+    inside: type[Config] | None = kind
     info = None
     for part in path:
-        if owner is None or part not in owner.model_fields:
-            return owner, None
-        info = owner.model_fields[str(part)]
-        nested = info.annotation
-        owner_next = nested if isinstance(nested, type) and issubclass(nested, Config) else None
-        if part == path[-1]:
-            return owner, info
-        owner = owner_next
-    return owner, info
+        if isinstance(part, int):  # an entry of a tuple of configurations
+            continue
+        if inside is None or part not in inside.model_fields:
+            return None, None
+        info = inside.model_fields[part]
+        inside = config_in(info.annotation)
+    return inside, info
+
+
+def _meaning(kind: type[Config], path: tuple[str | int, ...]) -> str:
+    """The remedy for a refused value: what the field is for, and what it is when nobody sets it."""
+    info = _field(kind, path)[1]
+    if info is None:
+        return "give another value"
+    default = "" if info.is_required() else f" Default: {reprlib.repr(info.default)}."
+    return f"give another value. {info.description or ''}{default}".strip()
 
 
 def _nearest_field(kind: type[Config], path: tuple[str | int, ...]) -> str:
-    owner, _ = field_of(kind, path[:-1] + ("",)) if len(path) > 1 else (kind, None)
+    owner = _field(kind, path[:-1])[0]
     names = list(owner.model_fields) if owner is not None else []
     near = difflib.get_close_matches(str(path[-1]), names, n=2, cutoff=0.4)
     return f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(names)}"

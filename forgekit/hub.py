@@ -39,7 +39,7 @@ def register_configs() -> None:
 
     for family in MODEL_CONFIGS:
         kind = forge_config_class(family)
-        ours = family in CONFIG_MAPPING and CONFIG_MAPPING[family] is kind
+        ours = family in CONFIG_MAPPING and CONFIG_MAPPING[family].__module__ == __name__
         AutoConfig.register(family, kind, exist_ok=ours)
 
 
@@ -100,8 +100,8 @@ class _Hook(MetaPathFinder):
 
 def install_hook() -> None:
     """Register our models with transformers: now where it is imported already, else when it will be. Idempotent."""
-    if any(isinstance(finder, _Hook) for finder in sys.meta_path):
-        return
+    # By name, so that a hook of an earlier import of this module is replaced too: two would ask each other forever.
+    sys.meta_path[:] = [f for f in sys.meta_path if (type(f).__module__, type(f).__name__) != (__name__, "_Hook")]
     waiting = {}
     for name, action in _TARGETS.items():
         if name in sys.modules:
@@ -158,6 +158,9 @@ def read_hf_model(folder: Path) -> tuple[HFCausalLM, HFTokenizer]:
     return HFCausalLM(model).eval(), read_hf_tokenizer(folder)
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def read_hf_tokenizer(folder: Path) -> HFTokenizer:
     """Load a fast tokenizer.
 
@@ -167,13 +170,14 @@ def read_hf_tokenizer(folder: Path) -> HFTokenizer:
     from transformers import AutoTokenizer
 
     remedy = "add tokenizer.json and tokenizer_config.json"
-    if not Path(folder).is_dir():
-        raise ArtifactError("no such folder", where=str(folder), remedy="check the path")
+    # Without any of these, transformers would make an empty tokenizer up.
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        raise ArtifactError("no tokenizer here", where=str(folder), remedy=remedy)
     try:
         fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise ArtifactError(f"no readable tokenizer ({first_line(error)})", where=str(folder), remedy=remedy) from None
-    if not getattr(fast, "is_fast", False) or not len(fast):
+    if not getattr(fast, "is_fast", False):
         raise ArtifactError("has no fast tokenizer", where=str(folder), remedy=remedy)
     return HFTokenizer(fast)
 

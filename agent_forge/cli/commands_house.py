@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,32 +42,39 @@ def config(
     if as_json:
         phases = {name: chosen.phase(name).model_dump(mode="json") for name in chosen.phases}
         return print_json({**chosen.model_dump(mode="json"), "phases": phases})
+    print(_profile_path(profile).read_text(encoding="utf-8"), end="")
+
+
+def _profile_path(profile: str) -> Path:
+    """The file of a profile that was already read: shipped under a name, or the user's own."""
     from agent_forge.profile import profile_folder
 
-    path = profile_folder() / f"{chosen.name}.toml"
-    print((path if path.is_file() else open(profile)).read_text() if path.is_file() else open(profile).read())
+    own = profile.endswith((".toml", ".json"))
+    return Path(profile) if own else profile_folder() / f"{profile}.toml"
 
 
 def _edit(profile: str, target: str) -> None:
     """Copy the profile if the file is new, open the editor, check the result."""
     import shlex
     import subprocess
-    from pathlib import Path
 
-    from agent_forge.profile import load_profile, profile_folder
+    from agent_forge.profile import load_profile
     from forgekit.errors import ConfigError
+    from forgekit.store.fsio import write_atomic
 
     path = Path(target)
     if path.suffix != ".toml":
         raise ConfigError(f"{target!r} is not a .toml file", where="--edit", remedy="name the copy, e.g. mine.toml")
     if not path.exists():
         load_profile(profile)
-        source = profile_folder() / f"{profile}.toml"
-        path.write_text((source if source.is_file() else Path(profile)).read_text(encoding="utf-8"), encoding="utf-8")
+        write_atomic(path, _profile_path(profile).read_bytes())
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor:
         raise ConfigError("no editor is set", where="$EDITOR", remedy=f"set it, or edit {path} and use --validate")
-    subprocess.run([*shlex.split(editor), str(path)], check=False)
+    try:
+        subprocess.run([*shlex.split(editor), str(path)], check=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{editor!r} cannot be run ({error})", where="$EDITOR", remedy="set another editor") from None
     say(f"{path} is valid: {load_profile(str(path)).name}", "green")
 
 
@@ -99,7 +107,10 @@ def vacuum(context: typer.Context, as_json: Json = False) -> None:
 
     storage = storage_of(context)
     size = SessionCleanupManager(storage.registry, storage).checkpoint_and_vacuum()
-    print_json(size.__dict__) if as_json else say(f"registry: {size}")
+    if as_json:
+        return print_json(size.__dict__)
+    sizes = f"{size.main_bytes / 1e6:.2f} MB, log {size.wal_bytes / 1e6:.2f} MB"
+    say(f"registry: {sizes}, {size.pages_freed} pages given back")
 
 
 def validate(

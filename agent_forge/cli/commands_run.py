@@ -33,12 +33,16 @@ def run(
     from agent_forge.cli.progress import Bars
     from agent_forge.cli.show import show_results
     from agent_forge.pipeline.orchestrator import PipelineOrchestrator
+    from agent_forge.profile import load_profile
 
     with Bars(enabled=not (yes or as_json)) as bars:
         if resume:
             forge = PipelineOrchestrator.resume(resume, context.obj["storage"], show=bars.show)
+            _check_phases(forge.profile, phase, until)
         else:
-            forge = PipelineOrchestrator(profile, context.obj["storage"], data=data, show=bars.show)
+            settings = load_profile(profile)
+            _check_phases(settings, phase, until)
+            forge = PipelineOrchestrator(settings, context.obj["storage"], data=data, show=bars.show)
         say(f"session [bold]{forge.session_id}[/]  profile {forge.profile.name}")
         try:
             with forge:
@@ -54,6 +58,14 @@ def run(
         print_json({"session_id": forge.session_id, "results": {n: r.record() for n, r in results.items()}})
     else:
         show_results(forge, results)
+
+
+def _check_phases(settings, *names: str | None) -> None:
+    """Refuse an unknown phase before a session is touched."""
+    from agent_forge.pipeline.orchestrator import phase_name
+
+    for name in filter(None, names):
+        settings.phase(phase_name(name))
 
 
 def plan(

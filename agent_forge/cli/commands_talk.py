@@ -105,6 +105,8 @@ def _lines(prompt: str):
 
 def _command(talk, line: str) -> bool:
     """Obey a slash command; False if the line is no command."""
+    from rich.markup import escape
+
     from forgekit.errors import ForgeError
 
     word, _, rest = line.strip().partition(" ")
@@ -113,9 +115,9 @@ def _command(talk, line: str) -> bool:
         say("forgotten", "dim")
     elif word == "/params":
         try:
-            say(str(talk.set_params(rest) if rest else talk.config), "dim")
+            say(escape(str(talk.set_params(rest) if rest else talk.config)), "dim")
         except ForgeError as error:
-            say(f"error: {error}", "red")
+            say(escape(f"error: {error}"), "red")
     elif word == "/help" or word.startswith("/"):
         say(HELP, "dim")
     else:

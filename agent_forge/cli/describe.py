@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
-from forgekit.config import Config
+from forgekit.config import Config, config_in
 from forgekit.errors import ConfigError
 from forgekit.registry import unknown
 
@@ -33,7 +33,7 @@ def describe_field(path: str) -> str:
         if part not in owner.model_fields:
             raise unknown("field", part, list(owner.model_fields))
         info = owner.model_fields[part]
-        nested = _config_in(info.annotation)
+        nested = config_in(info.annotation)
         if not parts or nested is None:
             if parts and nested is None:
                 raise ConfigError(
@@ -44,17 +44,10 @@ def describe_field(path: str) -> str:
     return f"{path}: fields {', '.join(owner.model_fields)}"
 
 
-def _config_in(annotation: Any) -> type[Config] | None:
-    """The configuration class inside an annotation such as ``tuple[SpecialistPlan, ...]``."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _config_in(a)) is not None), None)
-
-
 def _text(path: str, info: Any) -> str:
     rules = ", ".join(str(m) for m in info.metadata)
     kind = getattr(info.annotation, "__name__", str(info.annotation))
     default = "required" if info.is_required() else f"default {info.default!r}"
-    nested = _config_in(info.annotation)
+    nested = config_in(info.annotation)
     fields = f"\nfields: {', '.join(nested.model_fields)}" if nested else ""
     return f"{path} ({kind}{'; ' + rules if rules else ''}; {default})\n{info.description or ''}{fields}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+# Typer carries its own copy of click in some versions and uses the installed one in others.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
 for module in (commands_run, commands_models, commands_talk, commands_data, commands_house):
     module.attach(app)
 
@@ -45,16 +48,13 @@ def options(
 
 def main() -> None:
     """Run the command line; errors of the house become one line and their own exit code."""
-    import click
-
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+    except UsageError as error:
+        code = _usage(error)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -66,6 +66,16 @@ def main() -> None:
             raise
         code = _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """A mistake on the command line: one line on stderr; the help where nothing was asked for."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    command = error.ctx.command_path if error.ctx else "agent-forge"
+    print(f"error: {error.format_message().rstrip('.')}; see `{command} --help`", file=sys.stderr)
+    return 2
 
 
 def _explain(error: Exception) -> int:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from forgekit.store.storage import ModelStorage
 
 
@@ -27,15 +29,32 @@ def print_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """A table for people. Columns whose name ends in ``>`` are aligned right."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title or None, title_justify="left", header_style="bold")
+    grid = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for column in columns:
         grid.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
+        grid.add_row(*(_cell(cell) for cell in row))
     Console().print(grid)
+
+
+def _cell(value: Any) -> Text:
+    """Text as it is: code and models' answers are full of brackets. Only cells that open with a style are styled."""
+    from rich.text import Text
+
+    text = str(value)
+    return Text.from_markup(text) if text.startswith(("[green]", "[yellow]", "[red]", "[dim]")) else Text(text)
 
 
 def say(text: str, style: str = "") -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 from agent_forge.cli.shared import say, table
 
-MARKS = {
-    "improved": "[green]improved[/]",
-    "no-difference": "[yellow]no difference[/]",
-    "worse": "[red]worse[/]",
-    "no-signal": "[dim]no signal[/]",
+MARKS = {"improved": "[green]+[/]", "no-difference": "[yellow]=[/]", "worse": "[red]-[/]", "no-signal": "[dim]?[/]"}
+LEGEND = "[green]+[/] improved   [yellow]=[/] no difference   [red]-[/] worse   [dim]?[/] no signal: not above chance"
+METRICS = {
+    "exact_match": "share of exact answers",
+    "nats_per_answer_token": "nats per answer token (lower is better)",
+    "bits_per_byte": "bits per byte of held-out text (lower is better)",
+    "steps_per_token": "recursion steps per answer token (lower is better)",
 }
 
 
@@ -46,27 +48,32 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, Any]) -> None:
-    """Every claim with its numbers and verdict, then the tables."""
-    cells = []
-    for e in records:
-        interval = f"[{e['ci95'][0]:+.3f}, {e['ci95'][1]:+.3f}]" if e["ci95"] else "-"
-        chance = "-" if e["chance"] is None else f"{e['chance']:.2f}"
-        before, after = (("-" if e[k] is None else f"{e[k]:.3f}") for k in ("before", "after"))
-        cells.append([e["claim"], e["metric"], before, after, interval, chance, e["n"], MARKS[e["verdict"]]])
-    columns = ["claim", "metric", "before>", "after>", "95 % of the change>", "chance>", "n>", "verdict"]
-    table(f"{name}: evidence on the report split", columns, cells)
+    """Every claim with its numbers and verdict, grouped by metric, then the tables."""
+    for metric in dict.fromkeys(e["metric"] for e in records):
+        group = [e for e in records if e["metric"] == metric]
+        title = f"{name}: {METRICS.get(metric, metric)}, report split"
+        columns = ["", "claim", "before>", "after>", "change, 95 %>", "chance>", "n>"]
+        table(title, columns, [_evidence_row(e) for e in group])
+    say(LEGEND)
     levels = tables.get("levels", {})
     if levels:
         tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
         rows = [[t, *(_percent(levels[m].get(t)) for m in levels)] for t in tasks]
-        table("exact answers by family and level", ["task", *(f"{m}>" for m in levels)], rows)
+        columns = ["family/level", *(f"{m.replace('_', ' ')}>" for m in levels)]
+        table(f"{name}: exact answers in per cent", columns, rows)
     histogram = tables.get("act_histogram", {})
     if histogram:
         steps = list(next(iter(histogram.values())))
-        rows = [[m, *(f"{shares[s]:.0%}" for s in steps)] for m, shares in histogram.items()]
-        table(
-            "recursion steps taken on held-out text", ["model", *(f"{s} step{'s' * (s != '1')}>" for s in steps)], rows
-        )
+        rows = [[m.replace("_", " "), *(f"{shares[s]:.0%}" for s in steps)] for m, shares in histogram.items()]
+        columns = ["model", *(f"{s} step{'s' * (s != '1')}>" for s in steps)]
+        table(f"{name}: recursion steps taken on held-out text", columns, rows)
+
+
+def _evidence_row(e: dict[str, Any]) -> list[str]:
+    interval = f"{e['ci95'][0]:+.2f} {e['ci95'][1]:+.2f}" if e["ci95"] else "-"
+    before, after = ("-" if e[k] is None else f"{e[k]:.2f}" for k in ("before", "after"))
+    chance = "-" if e["chance"] is None else f"{e['chance']:.2f}"
+    return [MARKS[e["verdict"]], e["claim"].replace("_", " "), before, after, interval, chance, str(e["n"])]
 
 
 def _percent(value: float | None) -> str:

@@ -148,12 +148,13 @@ class PipelineOrchestrator:
         controller = PHASES.get(name)(config, context)
         controller.validate_input(models or [])
         logger.event("phase_started", inputs=models or [])
+        started = datetime.now(UTC).isoformat()
         try:
             result = controller.run(models or [])
         except ForgeError as error:
             logger.event("phase_failed", error=str(error))
             raise
-        result.end_time = datetime.now(UTC).isoformat()
+        result.start_time, result.end_time = started, datetime.now(UTC).isoformat()
         record = json.dumps({"key": key, **result.record()}, indent=1, default=str)
         fsio.write_atomic(folder / "result.json", record.encode())
         logger.event("phase_finished", seconds=result.duration_seconds, success=result.success)

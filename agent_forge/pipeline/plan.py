@@ -19,12 +19,14 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
     Times are forecast from a few real training steps of the profile's model on this machine, measured now.
 
     Raises:
-        ConfigError: unknown phase.
+        ConfigError: unknown phase, or one the profile has no settings for.
     """
     budget = profile.model.solve()
-    last = phase_name(until) if until else None
     names = [n for n in ORDER if n in profile.phases]
-    names = names[: names.index(last) + 1] if last in names else names
+    if until:
+        last = phase_name(until)
+        profile.phase(last)
+        names = names[: names.index(last) + 1]
     stages, models = [], 0
     for name in names:
         config = profile.phase(name)
@@ -72,9 +74,9 @@ def _step_seconds(profile: Profile, train) -> float:
     from forgekit.models.io import build_model
     from forgekit.train.loop import Trainer
 
-    key = (train.rows, train.seq_len)
+    shape = profile.model_config_solved()
+    key = (shape.fingerprint(), train.rows, train.seq_len)
     if key not in _MEASURED:
-        shape = profile.model_config_solved()
         torch.set_num_threads(profile.threads or torch.get_num_threads())
         clocks = []
 

@@ -85,7 +85,12 @@ class Attention(nn.Module):
         self.wo = linear(d, d, std=0.0)
         # With normalised q and k the logit is gain * cos: a learned, per-head inverse temperature.
         self.gain_H = nn.Parameter(torch.full((shape.heads,), 8.0)) if shape.qk_norm else None
-        self.register_buffer("logit_bound_H", torch.zeros(shape.heads), persistent=False)
+        self.register_buffer("longest_2H", torch.zeros(2, shape.heads), persistent=False)
+
+    @property
+    def logit_bound_H(self) -> Tensor:
+        """Upper bound of each head's logits in the training forwards since the last clip: max|q|·max|k|/sqrt(K)."""
+        return (self.longest_2H.prod(0) / (self.shape.width // self.shape.heads)).sqrt()
 
     def forward(
         self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None
@@ -109,8 +114,8 @@ class Attention(nn.Module):
             q = F.normalize(q, dim=-1) * (self.gain_H.to(q.dtype)[:, None, None] * math.sqrt(q.shape[-1]))
             k = F.normalize(k, dim=-1)
         if self.training:
-            # The largest since the last clip: micro batches must clip as the whole batch would.
-            self.logit_bound_H = torch.maximum(self.logit_bound_H, logit_bound(q.detach(), k.detach()))
+            # Queries and keys apart, since the last clip: so micro batches clip exactly as the whole batch would.
+            self.longest_2H = torch.maximum(self.longest_2H, longest(q.detach(), k.detach()))
         return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v
 
     def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -152,26 +157,25 @@ class Attention(nn.Module):
     def clip_logits(self, tau: float) -> Tensor:
         """QK-Clip (Kimi K2, arXiv 2507.20534): shrink heads whose logits may exceed ``tau``.
 
-        The bound recorded by the training forwards since the last clip is Cauchy-Schwarz, max|q|·max|k|/sqrt(K), so
-        no head that they saw stays above tau. Rotation keeps norms, hence nothing rotary is rescaled apart from its
-        head. Starts a new record; returns the factor applied per head (1 where none).
+        :attr:`logit_bound_H` is Cauchy-Schwarz, so no logit seen since the last clip stays above tau. Rotation keeps
+        norms, hence nothing rotary is rescaled apart from its head. Starts a new record; returns the factor applied
+        per head (1 where none).
         """
-        factor_H = torch.where(self.logit_bound_H > tau, tau / self.logit_bound_H.clamp_min(1e-12), 1.0)
+        bound_H = self.logit_bound_H
+        factor_H = torch.where(bound_H > tau, tau / bound_H.clamp_min(1e-12), 1.0)
         if self.gain_H is not None:
             self.gain_H.mul_(placed_like(factor_H, self.gain_H))
         else:
             root = factor_H.sqrt().repeat_interleave(self.shape.width // self.shape.heads)[:, None]
             for weight in (self.wq.weight, self.wk.weight):
                 weight.mul_(placed_like(root.expand(weight.shape), weight))
-        self.logit_bound_H.zero_()
+        self.longest_2H.zero_()
         return factor_H
 
 
-def logit_bound(q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
-    """Per-head upper bound (H,) of the attention logits before the softmax."""
-    q_H = q_BHTK.float().square().sum(-1).amax((0, 2))
-    k_H = k_BHTK.float().square().sum(-1).amax((0, 2))
-    return (q_H * k_H / q_BHTK.shape[-1]).sqrt()
+def longest(q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
+    """Per head, the largest squared length of a query and of a key, (2, H)."""
+    return torch.stack([x.float().square().sum(-1).amax((0, 2)) for x in (q_BHTK, k_BHTK)])
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, seen_BTP: Tensor) -> Tensor:

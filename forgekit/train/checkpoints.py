@@ -244,10 +244,9 @@ def _unpack(state: TrainState, tensors: dict[str, Tensor], path: Path) -> None:
         for flat, tensor in part("optimizer.").items():
             key, name = flat.split(".", 1)
             p = parameters[name]
-            if tensor.shape == p.shape and key != "step":
-                state.optimizer.state[p][key] = placed_like(tensor.to(p.device), p)
-            else:
-                state.optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+            # A copy: what was read is mapped from the file, whose space could else not be given back.
+            own_copy = tensor.clone() if key == "step" else tensor.to(p.device, copy=True)
+            state.optimizer.state[p][key] = placed_like(own_copy, p) if tensor.shape == p.shape else own_copy
         for name, average in (state.average or {}).items():
             # Averaging switched on after this checkpoint starts from its weights.
             fill(average, averages.get(name, found.get(name)))

@@ -24,10 +24,17 @@ from torch import nn
 from forgekit.compute.budget import BatchPlan
 from forgekit.compute.ladder import is_out_of_memory, next_plan
 from forgekit.data.batches import Batch
-from forgekit.errors import ResourceError, TrainingError
-from forgekit.train.checkpoints import CheckpointManager, TrainState
+from forgekit.errors import ArtifactError, ConfigError, DataError, ResourceError, TrainingError
+from forgekit.train.checkpoints import CheckpointManager, TrainState, random_states, set_random_states
 from forgekit.train.config import TrainConfig, lr_factor
-from forgekit.train.distributed import shard, sum_gradients, sum_over_processes, world
+from forgekit.train.distributed import (
+    largest_over_processes,
+    least_over_processes,
+    shard,
+    sum_gradients,
+    sums_over_processes,
+    world,
+)
 from forgekit.train.muon_grokfast import MuonGrokfast
 from forgekit.train.setup import autocast_dtype, choose_plan, training_device
 
@@ -103,16 +110,21 @@ class Trainer:
         self.config, self.data, self.events, self.observer = config, data, events, observer
         self.device = training_device(config.device)
         self.model = model.to(self.device)
-        if config.parallel == "fsdp" and world()[1] > 1:
+        self._sharded = config.parallel == "fsdp" and world()[1] > 1
+        if self._sharded:
             shard(self.model)
         self.dtype = autocast_dtype(config.precision, self.device)
         self.plan = choose_plan(self.model, config, self.device, share=world()[1])
+        if self._sharded:  # its processes gather weights together, so all must cut their rows alike
+            self.plan = self.plan.replace(micro_batch=least_over_processes(self.plan.micro_batch))
         self.optimizer = MuonGrokfast(self.model.named_parameters(), config.optimizer, self.model)
-        average = {n: p.detach().clone() for n, p in self.model.named_parameters()} if config.ema else None
+        average = {n: self.optimizer.trained(p).detach().clone() for n, p in self.model.named_parameters()}
         position = {"step": 0, "tokens": 0, "scale": 1.0, "losses": [], "recoveries": 0}
-        self.state = TrainState(self.model, self.optimizer, average, position)
+        self.state = TrainState(self.model, self.optimizer, average if config.ema else None, position)
         self.checkpoints = CheckpointManager(folder, config.keep_checkpoints) if folder else None
-        self._good: tuple[dict, dict, dict]
+        self._good: tuple[dict, dict, dict | None, dict] | None = None
+        self._whole = True  # False while an update is half done and must not be saved
+        self._random: dict[str, Any] = {}
         self._recent: deque[float] = deque(maxlen=100)
         self._last_error = ""
 
@@ -120,30 +132,32 @@ class Trainer:
         """Train to the last step and return the report; with ``ema`` the model holds the averaged weights.
 
         Args:
-            resume: go on from the newest checkpoint in the folder, if there is one.
+            resume: go on from the newest checkpoint in the folder, if there is one; else those in it are deleted.
 
         Raises:
             TrainingError: diverged more often than ``recoveries`` allows.
             ResourceError: out of memory at the end of the ladder, or disk full.
-            KeyboardInterrupt: passed on after a checkpoint was written.
+            KeyboardInterrupt: passed on after a checkpoint was written (by a single process; several would wait
+                for each other, so their last scheduled one stands).
         """
-        report = TrainReport(resumed_from=self._resume() if resume else 0)
+        report = TrainReport(resumed_from=self._resume(resume))
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
         self._snapshot()
         started, begun = time.perf_counter(), self.state.position["step"]
         try:
             while self.state.position["step"] < self.config.steps:
-                clock = time.perf_counter()
+                self._random, clock = random_states(), time.perf_counter()
                 batch = self.data.batch(self.state.position["step"])
                 report.data_seconds += time.perf_counter() - clock
                 self._step(batch, started, begun)
         except KeyboardInterrupt:
-            self._save("interrupted")
+            if self._whole and world()[1] == 1:
+                set_random_states(self._random)
+                self._save("interrupted")
             raise
         if self.state.average is not None:
-            with torch.no_grad():
-                for name, p in self.model.named_parameters():
-                    p.copy_(self.state.average[name])
+            self.optimizer.assign({p: self.state.average[name] for name, p in self.model.named_parameters()})
         self.model.eval()
         position = self.state.position
         report.losses, report.tokens = list(position["losses"]), position["tokens"]
@@ -154,8 +168,12 @@ class Trainer:
         )
         return report
 
-    def _resume(self) -> int:
+    def _resume(self, wanted: bool) -> int:
         if self.checkpoints is None:
+            return 0
+        if not wanted:
+            if world()[0] == 0:
+                self.checkpoints.clear()
             return 0
         path, problems = self.checkpoints.load_latest(self.state)
         for problem in problems:
@@ -169,29 +187,45 @@ class Trainer:
         """One optimizer step, or one descent after a divergence."""
         config, position = self.config, self.state.position
         loss, parts = self._gradients(batch)
+        if not self._sharded:
+            sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if config.parallel == "replicate":
-            sum_gradients(parameters)
-        limit = config.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not (math.isfinite(loss) and math.isfinite(norm)) or self._exploded(loss):
             self._recover(loss)
             return
         factor = lr_factor(config, position["step"]) * position["scale"]
-        self.optimizer.set_lr_factor(factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if hasattr(self.model, "after_step"):
-            self.model.after_step()
-        self._average()
+        self._whole = False
+        self._update(factor)
         position["step"] += 1
         position["tokens"] += batch.inputs.size
         position["losses"].append(loss)
+        self._random, self._whole = random_states(), True
         self._recent.append(loss)
         self._observe(norm, factor * config.optimizer.lr, parts, (started, begun, batch.inputs.size))
         if config.checkpoint_every and position["step"] % config.checkpoint_every == 0:
             self._save("scheduled")
+
+    def _update(self, factor: float) -> None:
+        """Move the weights, and all that follows them."""
+        self.optimizer.set_lr_factor(factor)
+        largest_over_processes(self._logit_records())
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                "memory is too small for the optimizer's state", where="train", remedy="choose a smaller profile"
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.model, "after_step"):
+            self.model.after_step()
+        self._average()
+
+    def _logit_records(self) -> list[torch.Tensor]:
+        return [a.longest_2H for a in self.model.attentions()] if hasattr(self.model, "attentions") else []
 
     def _gradients(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Gradients of the whole batch under the current plan, climbing down the ladder when memory runs out."""
@@ -210,48 +244,68 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         plan = next_plan(self.plan)
+        if self._sharded or (plan and plan.device != self.plan.device and world()[1] > 1):
+            plan = None  # processes that work in step cannot change course alone
         self._event(
             "train_out_of_memory", was=self.plan.model_dump(), now=plan and plan.model_dump(), error=self._last_error
         )
         if plan is None:
             raise ResourceError(
-                f"memory is too small for one sequence of {self.config.seq_len} tokens",
+                f"memory is too small for {self.plan.micro_batch} x {self.config.seq_len} tokens",
                 where="train.seq_len",
-                remedy="lower train.seq_len or choose a smaller profile",
+                remedy="lower train.seq_len or train.micro_batch, or choose a smaller profile",
             )
         if plan.device != self.plan.device:
             self.device = torch.device(plan.device)
             self.model.to(self.device)
             self.dtype = autocast_dtype(self.config.precision, self.device)
             for state in self.optimizer.state.values():
-                state.update({k: v.to(self.device) for k, v in state.items() if k != "count"})
+                state.update({k: v.to(self.device) for k, v in state.items() if k != "step"})
         self.plan = plan
 
     def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float]]:
         rank, size = world()
+        self._check(batch, size)
         inputs, labels = torch.from_numpy(batch.inputs[rank::size]), torch.from_numpy(batch.labels[rank::size])
         total = batch.supervised
         if hasattr(self.model, "checkpoint_activations"):
             self.model.checkpoint_activations = self.plan.checkpoint_activations
         # FSDP averages gradients over processes where a sum is meant.
-        boost = size if self.config.parallel == "fsdp" and size > 1 else 1
+        boost = size if self._sharded else 1
         nats, parts = 0.0, {}
         sizes = self.plan.sizes(len(inputs))
         for x, y in zip(inputs.split(sizes), labels.split(sizes)):
             with torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext():
                 loss = self.model.training_loss(x.to(self.device), y.to(self.device))
             weight = loss.tokens / total
-            (loss.total * (weight * boost)).backward()
-            nats += float(loss.nats) * weight
+            if loss.tokens or self._sharded:  # shards are gathered and summed by all, whoever has something to learn
+                (loss.total * (weight * boost)).backward()
+            nats += float(loss.nats) * weight if loss.tokens else 0.0
             for name, value in loss.parts.items():
-                parts[name] = parts.get(name, 0.0) + float(value) * weight
-        return sum_over_processes(nats), parts
+                parts[name] = parts.get(name, 0.0) + (float(value) * weight if loss.tokens else 0.0)
+        nats, *values = sums_over_processes([nats, *parts.values()])
+        return nats, dict(zip(parts, values))
+
+    def _check(self, batch: Batch, size: int) -> None:
+        if not batch.supervised:
+            raise DataError("a batch has no supervised token", where="data", remedy="check the labels of the source")
+        rows = len(batch.inputs)
+        if rows < size or (self._sharded and rows % size):
+            rule = "a multiple of" if self._sharded else "at least"
+            raise ConfigError(
+                f"{rows} rows cannot be shared by {size} processes", where="train.rows", remedy=f"use {rule} {size}"
+            )
 
     def _average(self) -> None:
-        if self.state.average is not None:
-            with torch.no_grad():
-                for name, p in self.model.named_parameters():
-                    self.state.average[name].lerp_(p.detach().to(self.state.average[name].device), 1 - self.config.ema)
+        """Move the averages. The decay warms up, else short runs would end near their random start."""
+        if self.state.average is None:
+            return
+        step = self.state.position["step"]
+        keep = min(self.config.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                average = self.state.average[name]
+                average.lerp_(self.optimizer.trained(p).detach().to(average.device), 1 - keep)
 
     def _exploded(self, loss: float) -> bool:
         """A finite loss counts as divergence when it is far above both the recent level and the first loss."""
@@ -271,34 +325,41 @@ class Trainer:
                 remedy=f"lower it below {self.config.optimizer.lr * position['scale']:.2g}",
             )
         self.optimizer.zero_grad(set_to_none=True)
+        self._whole = False
         self._restore_good()
+        for record in self._logit_records():
+            record.zero_()  # what the diverged weights reached says nothing about the good ones
         position = self.state.position
         position["recoveries"], position["scale"] = recoveries, scale
         self._recent.clear()
         self._recent.extend(position["losses"][-100:])
+        self._random, self._whole = random_states(), True
         self._event("train_diverged", step=step, loss=loss, back_to=position["step"], rate_scale=scale)
 
     def _restore_good(self) -> None:
         """The newest checkpoint on disk, else the snapshot in memory (the start, before the first checkpoint)."""
         if self.checkpoints is not None and self.checkpoints.load_latest(self.state)[0] is not None:
             return
-        model, optimizer, position = copy.deepcopy(self._good)
+        if self._good is None:
+            raise ArtifactError("its checkpoints are gone", where=str(self.checkpoints.folder), remedy="train anew")
+        model, optimizer, average, position = copy.deepcopy(self._good)
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
-        self.state.position = position
+        self.state.average, self.state.position = average, position
 
     def _save(self, reason: str) -> None:
         """Keep the current state: on disk when there is a folder, else in memory for recoveries."""
-        if world()[0] != 0:
-            return
         if self.checkpoints is None:
             self._snapshot()
             return
         self.checkpoints.save_checkpoint(self.state, {"reason": reason})
+        self._good = None  # the disk has it now: give its memory back
         self._event("train_checkpoint", step=self.state.position["step"], reason=reason)
 
     def _snapshot(self) -> None:
-        self._good = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), self.state.position))
+        state = self.state
+        now = (self.model.state_dict(), self.optimizer.state_dict(), state.average, state.position)
+        self._good = copy.deepcopy(now)
 
     def _observe(self, norm: float, rate: float, parts: dict[str, float], clock: tuple[float, int, int]) -> None:
         started, begun, tokens = clock

@@ -111,7 +111,7 @@ class MuonGrokfast(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for p in self._ternary:  # what is trained is the hidden copy; the grid is only what the model computes with
-            p.copy_(self.state[p]["latent"])
+            p.copy_(self.state[p].get("latent", p))
         for group in self.param_groups:
             if self.config.grokfast_lambda:
                 self._filter(group["params"])
@@ -124,6 +124,17 @@ class MuonGrokfast(torch.optim.Optimizer):
                 attention.clip_logits(self.config.qk_clip)
         self._quantise()
         return loss
+
+    def trained(self, p: Tensor) -> Tensor:
+        """What training moves for a parameter: its hidden full-precision copy where there is one, else itself."""
+        return self.state.get(p, {}).get("latent", p)
+
+    @torch.no_grad()
+    def assign(self, values: dict[Tensor, Tensor]) -> None:
+        """Give all parameters new values; those kept on the ternary grid are put back on it."""
+        for p, value in values.items():
+            p.copy_(value)
+        self._quantise()
 
     @torch.no_grad()
     def _quantise(self) -> None:

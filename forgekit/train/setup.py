@@ -33,9 +33,17 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def activations_per_token(config) -> int:
-    """Values kept per token for the backward pass, generously: about 40 widths per block, and the logits per answer."""
-    width, layers = getattr(config, "d_model", 512), getattr(config, "n_layers", 8)
-    return 40 * width * layers + 3 * getattr(config, "vocab_size", 0) * max(1, getattr(config, "t_max", 0))
+    """Values kept per token for the backward pass, generously: about 40 widths per block, and the logits per answer.
+
+    A test holds it above what our families really keep.
+    """
+    width, layers, steps = getattr(config, "d_model", 512), getattr(config, "n_layers", 8), getattr(config, "t_max", 0)
+    kept = 40 * width * layers + 3 * getattr(config, "vocab_size", 0) * max(1, steps)
+    if steps:
+        kept += steps * (config.micro_steps + 1) * 3 * (width + config.trm_hidden)
+    if getattr(config, "memories", ()):
+        kept += len(config.memories) * (16 * config.memory_heads * config.memory_chunk + 24 * config.d_mem)
+    return kept
 
 
 def choose_plan(model: nn.Module, config: TrainConfig, device: torch.device, share: int = 1) -> BatchPlan:

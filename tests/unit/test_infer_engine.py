@@ -32,6 +32,15 @@ CONFIGS = [
 NAMES = ["gpt", "gpt-window", "titans", "decay", "no-memory"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make(config, seed=0):
     """A model in which nothing is silent: zero-initialised weights hide mistakes."""
     torch.manual_seed(seed)
@@ -234,6 +243,15 @@ def test_a_stop_string_seen_only_when_the_last_bytes_are_released_still_stops():
     stream = TextStream(halves, ("stop",))
     assert not stream.push(1)
     assert stream.close() and stream.text == "a "
+
+
+def test_of_several_stop_strings_the_one_complete_first_counts_however_the_text_is_cut():
+    whole = SimpleNamespace(decode=lambda ids, skip_special_tokens: "xabc"[: 4 * len(ids)])
+    stream = TextStream(whole, ("abc", "b"))
+    assert stream.push(1) and stream.text == "xa"
+    stream = TextStream(BYTES, ("abc", "b"))
+    assert [stream.push(token) for token in BYTES.encode("xab").ids] == [False, False, True]
+    assert stream.text == "xa"
 
 
 BYTES = train_tokenizer([chr(i) for i in range(32, 127)] * 3, 288)

@@ -1,0 +1,43 @@
+# Agent Forge. `make demo` makes three models and talks to one; `make test` passes the tests.
+PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+VENV    ?= .venv
+PROFILE ?= nano
+UNTIL   ?= cognate
+BIN     := $(VENV)/bin
+JOBS    ?= 2
+
+.PHONY: demo test lint bench docs clean help
+
+help:
+	@echo "make demo    make three models from nothing and talk to one (PROFILE=$(PROFILE))"
+	@echo "make test    the whole test suite, with coverage"
+	@echo "make lint    style, house limits"
+	@echo "make bench   benchmarks against peers, in an environment of their own"
+	@echo "make docs    rewrite the generated pages of docs/"
+	@echo "make clean   remove environments and caches (sessions in storage/ stay)"
+
+demo:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) scripts/bootstrap.py $(VENV) -
+	@$(BIN)/agent-forge run --profile $(PROFILE) --until $(UNTIL)
+
+test:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) scripts/bootstrap.py $(VENV)-test test,lint
+	@OMP_NUM_THREADS=1 $(VENV)-test/bin/python -m pytest -n $(JOBS) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+lint:
+	@$(PYTHON) scripts/bootstrap.py $(VENV)-test test,lint
+	@$(VENV)-test/bin/ruff check . && $(VENV)-test/bin/ruff format --check .
+
+bench:
+	@$(PYTHON) scripts/bootstrap.py $(VENV)-bench bench
+	@$(VENV)-bench/bin/python -m benchmarks.run
+
+docs:
+	@$(PYTHON) scripts/bootstrap.py $(VENV)-test test,lint
+	@$(VENV)-test/bin/python scripts/make_docs.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-test $(VENV)-bench build dist *.egg-info .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Performance against peers, as ratios measured in one run."""

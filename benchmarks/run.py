@@ -1,0 +1,26 @@
+"""Run every benchmark, one after the other; each writes its table to docs/results/."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+ALL = (
+    "cli_startup",
+    "registry_queries",
+    "training_throughput",
+    "optimizer_quality",
+    "architecture",
+    "cognate_ablation",
+)
+
+
+def main() -> None:
+    """Run all, or those named on the command line."""
+    for name in sys.argv[1:] or ALL:
+        print(f"== {name}", file=sys.stderr)
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

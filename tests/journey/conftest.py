@@ -1,0 +1,58 @@
+"""One real run that the tests of this folder look at from all sides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import run_cli, small_profile
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A finished session made by the command line.
+
+    Attributes:
+        home: working folder; the storage is ``home/storage``.
+        profile: the profile file it ran.
+        run: what ``run --json`` printed.
+    """
+
+    home: Path
+    profile: Path
+    run: dict[str, Any]
+
+    @property
+    def session(self) -> str:
+        return self.run["session_id"]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.run["results"]["cognate"]
+
+    def folder(self, model: str) -> Path:
+        """The artifact folder of ``trunk`` or of a specialist."""
+        return self.home / "storage" / "sessions" / self.session / "phase1_cognate" / model
+
+
+@pytest.fixture(scope="session")
+def journey(tmp_path_factory) -> Journey:
+    """Phase 1 from nothing, ablations included, by ``agent-forge run``. Nobody may change what it made."""
+    home = tmp_path_factory.mktemp("journey")
+    profile = small_profile(home / "small.toml", ablate=True)
+    done = run_cli("run", "--profile", profile, "--json", cwd=home)
+    assert done.code == 0, done.err
+    return Journey(home, profile, json.loads(done.out))
+
+
+@pytest.fixture
+def copy(journey, tmp_path) -> Journey:
+    """The same in a folder of its own, to be damaged."""
+    home = tmp_path / "copy"
+    shutil.copytree(journey.home, home)
+    return Journey(home, home / journey.profile.name, journey.run)

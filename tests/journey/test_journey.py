@@ -1,0 +1,184 @@
+"""From nothing to a talking model by the command line, and every command that looks at the result."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from forgekit.measure.evidence import Evidence
+from forgekit.tracking.loggers import PhaseLogger, PipelineLogger
+from tests.conftest import run_cli
+
+pytestmark = pytest.mark.xdist_group("journey")
+SPECIALISTS = ("reasoning", "memory_integration", "adaptive_computation")
+# DESIGN, section 3 (3).
+EVIDENCE = (
+    "claim", "metric", "before", "after", "baseline", "ci95", "n", "seeds", "split", "chance", "compute", "verdict",
+)  # fmt: skip
+
+
+@pytest.fixture
+def ask(forge, journey):
+    """A command on the finished session; returns its JSON."""
+
+    def call(*words: object):
+        done = forge("--storage", journey.home / "storage", *words, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return call
+
+
+def test_run_prints_one_json_document_with_every_result(journey):
+    fields = ("success", "model", "phase_name", "metrics", "artifacts", "duration_seconds", "config", "error")
+    assert set(journey.result) == {*fields, "evidence", "start_time", "end_time"}
+    assert journey.result["success"] and journey.result["error"] is None
+    assert journey.result["artifacts"]["model_names"] == list(SPECIALISTS)
+    assert journey.result["artifacts"]["seeds"] == [42, 1337, 2023]
+    assert journey.result["start_time"] < journey.result["end_time"]
+    assert set(journey.result["artifacts"]["gate"]) == {"passed", "reasons"}
+
+
+def test_report_prints_evidence_with_exactly_the_fields_of_the_design(ask, journey):
+    records = ask("report", journey.session[:8])
+    assert records == journey.result["evidence"]
+    assert all(tuple(record) == EVIDENCE for record in records)
+    assert tuple(Evidence.model_fields) == EVIDENCE
+    assert {r["verdict"] for r in records} <= {"improved", "no-difference", "worse", "no-signal"}
+    claims = " ".join(r["claim"] for r in records)
+    for word in (*SPECIALISTS, "trunk learned", "beyond the attention window", "matched training FLOPs", "halting"):
+        assert word in claims, word
+
+
+def test_a_gate_never_passes_on_claims_without_signal(journey):
+    verdicts = {e["claim"]: e["verdict"] for e in journey.result["evidence"]}
+    needed = [c for c in verdicts if c.startswith("trunk learned") or c.endswith("beats the trunk on its speciality")]
+    gate = journey.result["artifacts"]["gate"]
+    assert gate["passed"] == all(verdicts[c] == "improved" for c in needed)
+    assert len(gate["reasons"]) == len(needed)
+
+
+def test_every_metric_of_the_catalogue_was_emitted(journey):
+    # Through the public logger: what an earlier process of the session emitted counts as emitted.
+    with PipelineLogger(journey.home / "storage" / "sessions" / journey.session, journey.session) as pipeline:
+        logger: PhaseLogger = pipeline.phase("cognate")
+    assert len(logger.catalogue) > 30
+    assert logger.missing() == []
+
+
+def test_models_lists_the_four_and_specialists_descend_from_the_trunk(ask, journey):
+    rows = ask("models", "--session", journey.session)
+    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS}
+    trunk = journey.result["artifacts"]["trunk"]
+    assert [r["model_id"] for r in ask("models", "--tag", "trunk")] == [trunk]
+    for model_id in journey.result["artifacts"]["all_models"]:
+        assert ask("model", model_id, "--info")["ancestors"] == [trunk]
+    info = ask("model", trunk)
+    assert info["ancestors"] == [] and set(info["descendants"]) == set(journey.result["artifacts"]["all_models"])
+    assert info["parameters"] > 50_000 and info["session_id"] == journey.session and info["data_hash"]
+
+
+def test_status_phases_logs_and_plan_speak_json(ask, journey):
+    (row,) = ask("status")
+    assert (row["session_id"], row["status"], row["progress_percent"]) == (journey.session, "completed", 100.0)
+    states = {r["phase_name"]: r["status"] for r in ask("status", "--session", "latest")}
+    assert states["cognate"] == "completed" and states["compression"] == "pending"
+    phases = ask("phases")
+    assert [p["number"] for p in phases] == list(range(1, 9)) and phases[0]["built"]
+    plan = ask("plan", "--profile", journey.profile)
+    assert plan["phases"] == ["cognate"] and plan["disk_bytes"] > 0
+    assert [s["stage"] for s in plan["stages"]] == ["trunk", *SPECIALISTS]
+    assert sum(plan["model"]["split"].values()) == plan["model"]["parameters"]
+
+
+def test_logs_are_json_lines_that_begin_and_end_with_the_session(forge, journey):
+    done = forge("--storage", journey.home / "storage", "logs", "--tail", "0", "--json")
+    events = [json.loads(line) for line in done.out.splitlines()]
+    assert [events[0]["kind"], events[-1]["kind"]] == ["session_started", "session_ended"]
+    assert events[-1]["data"]["status"] == "completed"
+    assert {"torch", "cpu_capability", "threads"} <= events[0]["data"]["environment"].keys()
+    some = forge("--storage", journey.home / "storage", "logs", "--kind", "trained")
+    assert len(some.out.splitlines()) == 4
+
+
+def test_tables_for_people_name_what_json_names(forge, journey):
+    storage = ("--storage", journey.home / "storage")
+    assert journey.session[:8] in forge(*storage, "status").out
+    assert "cognate" in forge(*storage, "status", "--session", "latest").out
+    assert "not yet" in forge(*storage, "phases").out
+    assert "trunk learned copy" in forge(*storage, "report").out
+    assert "memory_integration" in forge(*storage, "models").out
+    assert "specialization" in forge(*storage, "model", "latest").out
+    plan = forge(*storage, "plan", "--profile", journey.profile)
+    assert "embedding" in plan.out and "MFLOP/token" in plan.err
+
+
+def test_chat_answers_once_as_json_and_line_by_line_from_a_pipe(journey):
+    trunk = journey.result["artifacts"]["trunk"]
+    done = run_cli("chat", trunk, "copy 4", "--json", "--max-tokens", "5", cwd=journey.home)
+    answer = json.loads(done.out)
+    assert done.code == 0 and answer["question"] == "copy 4" and answer["model"].endswith("trunk")
+    lines = run_cli("chat", trunk, "--max-tokens", "5", cwd=journey.home, stdin="copy \\\n4\ncopy 4\n/quit\nnever\n")
+    assert lines.code == 0, lines.err
+    # The first question has two lines, so its answer is its own; the second is the one asked above.
+    assert lines.out.endswith(answer["answer"] + "\n")
+
+
+def test_chat_with_a_model_that_is_not_there_says_which_are(forge, journey):
+    done = forge("--storage", journey.home / "storage", "chat", "cognate_trunc_20200101_000000", "hello")
+    assert done.code == 4 and "no model 'cognate_trunc_20200101_000000'" in done.error
+    assert "did you mean cognate_trunk" in done.error
+
+
+def test_resuming_a_finished_session_makes_nothing_again(forge, journey):
+    before = {p: p.stat().st_mtime_ns for p in journey.home.rglob("*.safetensors")}
+    done = forge("--storage", journey.home / "storage", "run", "--resume", "latest", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["results"]["cognate"]["evidence"] == journey.result["evidence"]
+    assert {p: p.stat().st_mtime_ns for p in journey.home.rglob("*.safetensors")} == before
+
+
+def test_validate_is_content_then_names_the_one_changed_file(forge, copy):
+    storage = ("--storage", copy.home / "storage")
+    good = forge(*storage, "validate", "--json")
+    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 4
+    weights = copy.folder("reasoning") / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    bad = forge(*storage, "validate", "--json")
+    assert bad.code == 4
+    (told,) = [r["result"] for r in json.loads(bad.out) if r["result"] != "ok"]
+    assert str(weights) in told and "changed" in told
+    assert forge(*storage, "model", copy.folder("reasoning"), "--load").code == 4
+
+
+def test_clean_and_vacuum_remove_what_is_told_and_nothing_else(forge, copy):
+    storage = ("--storage", copy.home / "storage")
+    assert json.loads(forge(*storage, "clean", "--json").out)["removed"] == {}
+    assert json.loads(forge(*storage, "clean", "--failed", "--json").out)["removed"] == {}
+    assert copy.folder("trunk").is_dir()
+    removed = json.loads(forge(*storage, "clean", "--age", "0", "--json").out)
+    assert list(removed["removed"]) == [copy.session] and removed["bytes_freed"] > 100_000
+    assert not (copy.home / "storage" / "sessions" / copy.session).exists()
+    assert json.loads(forge(*storage, "models", "--json").out) == []
+    assert json.loads(forge(*storage, "vacuum", "--json").out)["main_bytes"] > 0
+
+
+def test_doctor_knows_the_machine(ask):
+    assert {r["check"] for r in ask("doctor")} >= {"python", "torch", "memory free", "disk free"}
+
+
+def test_data_list_show_and_check(ask, tmp_path):
+    sets = {r["name"]: r for r in ask("data", "list")}
+    assert sets["python_prose"]["found"] and "hub" in sets["tinystories"]["where"]
+    shown = ask("data", "show", "gym:sort", "--rows", "2", "--level", "2")
+    assert [sorted(r["prompt"].split()[-1]) == sorted(r["answer"]) for r in shown["rows"]] == [True, True]
+    story = "Once upon a time there was a little girl who lived in a small house near the sea with her old cat."
+    (tmp_path / "tinystories").mkdir()
+    (tmp_path / "tinystories" / "train.jsonl").write_text(json.dumps({"text": story}) + "\n", encoding="utf-8")
+    shown = ask("data", "show", "tinystories", "--data", tmp_path)
+    assert shown["rows"] == [{"text": story}] and str(tmp_path) in shown["note"]
+    (tmp_path / "bench").mkdir()
+    assert isinstance(ask("data", "check", "tinystories", "--data", tmp_path), list)
