@@ -1,3 +1,4 @@
+# ruff: noqa: UP031  old Pythons must be able to read this file
 """Make the virtual environment the Makefile works in. Written for any Python 3, to be able to refuse old ones.
 
 Usage: python3 scripts/bootstrap.py VENV EXTRAS   (EXTRAS: comma-separated, or "-" for none)
@@ -28,7 +29,8 @@ def check_machine(root):
         )
     free = shutil.disk_usage(root).free
     if free < NEEDED_DISK:
-        stop("the disk is too small: the packages need 4 GB, %.1f GB are free in %s; free some space" % (free / 1e9, root))
+        needs = "the packages need 4 GB, %.1f GB are free in %s" % (free / 1e9, root)
+        stop("the disk is too small: " + needs + "; free some space")
 
 
 def fingerprint(root, extras):

@@ -68,7 +68,9 @@ class PipelineOrchestrator:
         Raises:
             ArtifactError: no such session, or it is running in another process.
         """
-        registry = ModelStorage(storage).registry
+        store = ModelStorage(storage)
+        store.reindex()  # a model that was finished but not yet registered when its process was killed
+        registry = store.registry
         row = registry.get_session(_full_id(registry, session_id))
         if row["status"] == "running" and session_alive(row):
             raise ArtifactError(
@@ -179,10 +181,21 @@ def phase_name(phase: str | int) -> str:
 
 
 def session_results(storage: ModelStorage, session_id: str) -> dict[str, dict[str, Any]]:
-    """The finished phases' ``result.json`` of a session, in phase order."""
+    """The finished phases' ``result.json`` of a session, in phase order.
+
+    Raises:
+        ArtifactError: one of them is damaged.
+    """
     folder = storage.session_path(session_id)
     paths = ((name, folder / phase_folder(name) / "result.json") for name in ORDER)
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths if path.is_file()}
+    return {name: _read_result(path) for name, path in paths if path.is_file()}
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ArtifactError("is not JSON", where=str(path), remedy="delete it to run the phase again") from None
 
 
 def _full_id(registry, prefix: str) -> str:
@@ -208,10 +221,7 @@ def _finished(path: Path, key: dict[str, Any]) -> PhaseResult | None:
     """The stored result, if it was made by the same settings from the same inputs."""
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ArtifactError("is not JSON", where=str(path), remedy="delete it to run the phase again") from None
+    record = _read_result(path)
     if record.pop("key") != key:
         return None
     record["evidence"] = [Evidence.build(e, str(path)) for e in record["evidence"]]

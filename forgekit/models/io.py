@@ -116,11 +116,6 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise ArtifactError(f"weights do not fit: {reason}", where=str(path), remedy="check config.json") from None
 
 
-def size_mb(model: torch.nn.Module) -> float:
-    """Size of the trainable numbers in megabytes (10^6 bytes) as stored now."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-
-
 __all__ = [
     "build_model",
     "hub_config",
@@ -128,6 +123,5 @@ __all__ = [
     "parameter_count",
     "read_config",
     "read_model",
-    "size_mb",
     "write_model",
 ]

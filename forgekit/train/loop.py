@@ -125,6 +125,7 @@ class Trainer:
         self._good: tuple[dict, dict, dict | None, dict] | None = None
         self._whole = True  # False while an update is half done and must not be saved
         self._random: dict[str, Any] = {}
+        self._kept = 0  # step of the last checkpoint written or read
         self._recent: deque[float] = deque(maxlen=100)
         self._last_error = ""
 
@@ -151,9 +152,9 @@ class Trainer:
                 batch = self.data.batch(self.state.position["step"])
                 report.data_seconds += time.perf_counter() - clock
                 self._step(batch, started, begun)
+            self._keep()
         except KeyboardInterrupt:
             if self._whole and world()[1] == 1:
-                set_random_states(self._random)
                 self._save("interrupted")
             raise
         if self.state.average is not None:
@@ -180,6 +181,7 @@ class Trainer:
             self._event("train_checkpoint_unreadable", problem=problem)
         if path is not None:
             self._recent.extend(self.state.position["losses"][-100:])
+            self._kept = self.state.position["step"]
             self._event("train_resumed", step=self.state.position["step"], checkpoint=path.name)
         return self.state.position["step"]
 
@@ -195,6 +197,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)) or self._exploded(loss):
             self._recover(loss)
             return
+        self._keep()  # only now: a state whose next loss is bad is nothing to go back to
         factor = lr_factor(config, position["step"]) * position["scale"]
         self._whole = False
         self._update(factor)
@@ -204,8 +207,6 @@ class Trainer:
         self._random, self._whole = random_states(), True
         self._recent.append(loss)
         self._observe(norm, factor * config.optimizer.lr, parts, (started, begun, batch.inputs.size))
-        if config.checkpoint_every and position["step"] % config.checkpoint_every == 0:
-            self._save("scheduled")
 
     def _update(self, factor: float) -> None:
         """Move the weights, and all that follows them."""
@@ -308,11 +309,15 @@ class Trainer:
                 average.lerp_(self.optimizer.trained(p).detach().to(average.device), 1 - keep)
 
     def _exploded(self, loss: float) -> bool:
-        """A finite loss counts as divergence when it is far above both the recent level and the first loss."""
-        if len(self._recent) < 20:
-            return False
-        level = sum(self._recent) / len(self._recent)
-        return loss > 3 * level and loss > 1.5 * max(self.state.position["losses"][0], 1.0)
+        """A finite loss counts as divergence when it is far above both the recent level and the first loss.
+
+        So far above the first that no recent level excuses it, it counts at once.
+        """
+        first = max(self.state.position["losses"][:1], default=loss)
+        if loss > 3 * max(first, 3.0):
+            return True
+        level = sum(self._recent) / max(1, len(self._recent))
+        return len(self._recent) >= 20 and loss > 3 * level and loss > 1.5 * max(first, 1.0)
 
     def _recover(self, loss: float) -> None:
         """Go back to the last good state at a lower rate."""
@@ -333,7 +338,7 @@ class Trainer:
         position["recoveries"], position["scale"] = recoveries, scale
         self._recent.clear()
         self._recent.extend(position["losses"][-100:])
-        self._random, self._whole = random_states(), True
+        self._random, self._whole, self._kept = random_states(), True, position["step"]
         self._event("train_diverged", step=step, loss=loss, back_to=position["step"], rate_scale=scale)
 
     def _restore_good(self) -> None:
@@ -347,12 +352,25 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.state.average, self.state.position = average, position
 
-    def _save(self, reason: str) -> None:
-        """Keep the current state: on disk when there is a folder, else in memory for recoveries."""
+    def _keep(self) -> None:
+        """Keep the current state if one is due: on disk when there is a folder, else in memory for recoveries."""
+        step, every = self.state.position["step"], self.config.checkpoint_every
+        if not every or step % every or step == self._kept:
+            return
         if self.checkpoints is None:
             self._snapshot()
+        else:
+            self._save("scheduled")
+        self._kept = step
+
+    def _save(self, reason: str) -> None:
+        """Write a checkpoint with the random states of before the running step, which a resumed run repeats."""
+        if self.checkpoints is None:
             return
+        now = random_states()
+        set_random_states(self._random)
         self.checkpoints.save_checkpoint(self.state, {"reason": reason})
+        set_random_states(now)
         self._good = None  # the disk has it now: give its memory back
         self._event("train_checkpoint", step=self.state.position["step"], reason=reason)
 

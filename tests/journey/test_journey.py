@@ -181,4 +181,7 @@ def test_data_list_show_and_check(ask, tmp_path):
     shown = ask("data", "show", "tinystories", "--data", tmp_path)
     assert shown["rows"] == [{"text": story}] and str(tmp_path) in shown["note"]
     (tmp_path / "bench").mkdir()
-    assert isinstance(ask("data", "check", "tinystories", "--data", tmp_path), list)
+    leaked = {"id": "1", "question": story, "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "A"}
+    (tmp_path / "bench" / "arc_easy_test.jsonl").write_text(json.dumps(leaked) + "\n", encoding="utf-8")
+    (row,) = ask("data", "check", "tinystories", "--data", tmp_path)
+    assert (row["name"], row["overlap"]["hits"]) == ("tinystories", 1)

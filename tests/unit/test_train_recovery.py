@@ -227,6 +227,15 @@ def test_a_nan_goes_back_to_the_last_good_state_and_on_at_a_lower_rate(tmp_path,
     assert run.state.position["scale"] == 0.5
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_state_whose_next_loss_is_bad_is_never_kept(tmp_path, on_disk):
+    # Broken by the very update after which a checkpoint is due: it must go back further.
+    events = Events()
+    run = poison(trainer(train_config(), folder=tmp_path if on_disk else None, events=events), 6)
+    assert len(run.run().losses) == 12
+    assert [e["back_to"] for e in events.of("train_diverged")] == [3]
+
+
 def test_before_the_first_checkpoint_it_goes_back_to_the_start(tmp_path):
     for folder in (tmp_path, None):
         events = Events()
@@ -241,15 +250,25 @@ def test_diverging_too_often_ends_in_one_line():
         run.run()
 
 
-def test_a_rate_that_is_really_too_high_is_lowered_until_it_works():
+@pytest.mark.parametrize("lr", [0.5, 1.0])
+def test_a_rate_that_is_really_too_high_is_lowered_until_it_works(lr):
     events = Events()
-    config = train_config(
-        steps=60, schedule="constant", warmup=0.5, checkpoint_every=10, recoveries=20, backoff=0.1,
-        optimizer={"lr": 1.0, "fallback_lr": 30.0, "qk_clip": 0.0, "grokfast_lambda": 0.0},
-    )  # fmt: skip
-    report = trainer(config, events=events).run()
-    assert report.recoveries >= 1 and events.of("train_diverged")[0]["loss"] > 4
-    assert report.losses[-1] < 6 and len(report.losses) == 60
+    optimizer = {"lr": lr, "fallback_lr": lr, "qk_clip": 0.0, "grokfast_lambda": 0.0}
+    config = train_config(steps=60, schedule="constant", warmup=0.0, checkpoint_every=10, backoff=0.3)
+    report = trainer(config.replace(optimizer={**config.optimizer.model_dump(), **optimizer}), events=events).run()
+    assert report.recoveries >= 1 and events.of("train_diverged")[0]["loss"] > 9
+    assert report.losses[-1] < 1 and len(report.losses) == 60
+
+
+def test_a_slow_climb_far_above_the_recent_level_is_a_divergence_too():
+    run = trainer(train_config())
+    run.state.position["losses"] = [3.0] + [0.5] * 30
+    run._recent.extend([0.5] * 30)
+    assert run._exploded(5.0) and not run._exploded(4.0) and not run._exploded(1.4)
+    run._recent.clear()
+    assert not run._exploded(5.0) and not run._exploded(8.9) and run._exploded(9.1)
+    run.state.position["losses"] = []
+    assert not run._exploded(50.0)
 
 
 def test_what_diverged_weights_reached_does_not_clip_the_good_ones():

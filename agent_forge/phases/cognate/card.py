@@ -23,7 +23,8 @@ Made by Agent Forge, phase 1 (Cognate): {role}.
 
 - family `{shape.family}`, width {shape.d_model}, {shape.n_layers} layers, attention window {shape.window} tokens
 - {shape.flops_per_token(train.seq_len) / 1e6:.2f} MFLOPs per token forward at {train.seq_len} tokens
-- trained {train.steps} steps of {train.rows} x {train.seq_len} tokens, seed {train.seed}; final loss {metadata["final_loss"]:.3f} nats per supervised token
+- trained {train.steps} steps of {train.rows} x {train.seq_len} tokens, seed {train.seed}
+- final loss {metadata["final_loss"]:.3f} nats per supervised token
 
 ## Data
 

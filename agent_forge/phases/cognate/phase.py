@@ -19,11 +19,15 @@ from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from agent_forge.phases.cognate.data import CognateData, prepare, specialist_mixture, trunk_mixture
 from agent_forge.phases.cognate.evidence import Subject, gate, measure
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
+from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
-from forgekit.models.io import build_model, load_weights, size_mb
-from forgekit.store.artifact import ArtifactExtras
+from forgekit.models.io import build_model, load_weights
+from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras
 from forgekit.train.config import TrainConfig
 from forgekit.train.loop import StepInfo, Trainer
+
+OPTIMIZER_SLOTS = 3
+"""Values per parameter that MuonGrokfast keeps at most."""
 
 
 @dataclass
@@ -49,7 +53,42 @@ class CognatePhase(PhaseController):
         began = time.perf_counter()
         context, config = self.context, self.config
         shape = context.profile.model_config_solved()
-        require_free(context.folder, 12 * 4 * shape.parameters() * (len(config.specialists) + 1), "phase 1")
+        data = self._prepare(shape)
+        trunk = self._trunk(shape, data)
+        made = [self._specialist(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
+        context.show(Progress("evidence", 0, 1, "scoring the report split"))
+        subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
+        torch.manual_seed(config.trunk.seed)
+        evidence, tables = measure(config, build_model(shape), trunk.model, subjects, data)
+        if config.ablate:
+            evidence += ablations(config, shape, trunk.model, data, context.show)
+        context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
+        decision = gate(config, context.profile.gate).decide(evidence)
+        seconds = time.perf_counter() - began
+        return PhaseResult(
+            success=True,
+            model=trunk.model_id,
+            phase_name=self.name,
+            metrics=self._metrics(made, seconds) | tables,
+            artifacts={
+                "trunk": trunk.model_id,
+                "all_models": [m.model_id for m in made],
+                "model_names": [p.name for p in config.specialists],
+                "seeds": [p.seed for p in config.specialists],
+                "data": data.provenance,
+                "gate": decision.model_dump(),
+            },
+            duration_seconds=seconds,
+            config=config.model_dump(mode="json"),
+            evidence=evidence,
+        )
+
+    def _prepare(self, shape) -> CognateData:
+        """Disk first, then text, problems and tokenizer."""
+        context, config = self.context, self.config
+        models = len(config.specialists) + 1
+        needed = disk_forecast(shape.parameters(), models, config.trunk.keep_checkpoints, OPTIMIZER_SLOTS)
+        require_free(context.folder, needed, "phase 1")
         context.logger.metrics(
             {
                 "config/num_models": len(config.specialists),
@@ -62,37 +101,9 @@ class CognatePhase(PhaseController):
         data = prepare(config, shape.vocab_size, context.data)
         for note in data.notes:
             context.logger.event("data", note=note)
-        context.show(
-            Progress("data", 1, 1, f"{len(data.train_texts):,} documents, {len(data.trunk_problems):,} problems")
-        )
-        trunk = self._trunk(shape, data)
-        made = [self._specialist(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
-        context.show(Progress("evidence", 0, 1, "scoring the report split"))
-        subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
-        torch.manual_seed(config.trunk.seed)
-        evidence, tables = measure(config, build_model(shape), trunk.model, subjects, data)
-        if config.ablate:
-            evidence += ablations(config, shape, trunk.model, data, context.show)
-        context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
-        decision = gate(config, context.profile.gate).decide(evidence)
-        metrics = self._metrics(made, time.perf_counter() - began) | tables
-        return PhaseResult(
-            success=True,
-            model=trunk.model_id,
-            phase_name=self.name,
-            metrics=metrics,
-            artifacts={
-                "trunk": trunk.model_id,
-                "all_models": [m.model_id for m in made],
-                "model_names": [p.name for p in config.specialists],
-                "seeds": [p.seed for p in config.specialists],
-                "data": data.provenance,
-                "gate": decision.model_dump(),
-            },
-            duration_seconds=time.perf_counter() - began,
-            config=config.model_dump(mode="json"),
-            evidence=evidence,
-        )
+        counts = f"{len(data.train_texts):,} documents, {len(data.trunk_problems):,} problems"
+        context.show(Progress("data", 1, 1, counts))
+        return data
 
     def _trunk(self, shape, data: CognateData) -> Made:
         torch.manual_seed(self.config.trunk.seed)
@@ -123,39 +134,35 @@ class CognatePhase(PhaseController):
             load_weights(model, context.storage.resolve(row["model_id"]) / "model.safetensors")
             context.show(Progress(name, train.steps, train.steps, "already made"))
             return Made(row["model_id"], model.eval(), row["metadata"]["losses"])
-        folder = context.folder / "checkpoints" / name
-        trainer = Trainer(model, mixture, train, folder, context.logger, self._observer(name, number))
+        trainer = Trainer(
+            model, mixture, train, context.folder / "checkpoints" / name, context.logger, self._observer(name, number)
+        )
         report = trainer.run()
-        context.logger.event(
-            "trained",
-            name=name,
-            tokens=report.tokens,
-            seconds=report.seconds,
-            recoveries=report.recoveries,
-            data_share=report.data_seconds / max(report.seconds, 1e-9),
-            losses=report.losses,
-        )
-        final = statistics.fmean(report.losses[-20:])
-        metadata = {
-            "parents": parents,
-            "config_hash": key,
-            "data_hash": data.data_hash,
-            "seeds": [train.seed],
-            "specialization": name if number else None,
-            "tags": ["cognate", name],
-            "final_loss": final,
-            "seed": train.seed,
-            "losses": [round(x, 4) for x in report.losses],
-            "metrics": {"final_loss": final, "tokens": report.tokens},
-        }
-        extras = ArtifactExtras(metrics=metadata["metrics"], readme=card(name, model.config, train, metadata, data))
-        model_id = context.storage.save_model(
-            model, context.session_id, self.name, name, metadata, tokenizer=data.tokenizer, extras=extras
-        )
-        trainer.checkpoints.clear()
+        share = report.data_seconds / max(report.seconds, 1e-9)
+        context.logger.event("trained", name=name, tokens=report.tokens, data_share=share, losses=report.losses)
         if number:
             context.logger.epoch(1, {f"model_{number}/epoch/loss": statistics.fmean(report.losses)})
+        lineage = {"parents": parents, "config_hash": key, "data_hash": data.data_hash}
+        model_id = self._save(name, model, train, report.losses, lineage, data)
+        trainer.checkpoints.clear()
         return Made(model_id, model, report.losses)
+
+    def _save(self, name: str, model, train: TrainConfig, losses: list[float], lineage: dict, data: CognateData) -> str:
+        final = statistics.fmean(losses[-20:])
+        metadata = {
+            **lineage,
+            "seeds": [train.seed],
+            "seed": train.seed,
+            "specialization": name if name in SPECIALIZATIONS else None,
+            "tags": ["cognate", name],
+            "final_loss": final,
+            "losses": losses,
+            "metrics": {"final_loss": final, "tokens": train.steps * train.rows * train.seq_len},
+        }
+        extras = ArtifactExtras(metrics=metadata["metrics"], readme=card(name, model.config, train, metadata, data))
+        return self.context.storage.save_model(
+            model, self.context.session_id, self.name, name, metadata, tokenizer=data.tokenizer, extras=extras
+        )
 
     def _observer(self, name: str, number: int):
         """Progress for people at every step, metrics for the log every few."""
@@ -185,7 +192,8 @@ class CognatePhase(PhaseController):
     def _metrics(self, made: list[Made], seconds: float) -> dict[str, Any]:
         """The metrics the sources list for phase 1, emitted under their names."""
         finals = [statistics.fmean(m.losses[-20:]) for m in made]
-        sizes = [size_mb(m.model) for m in made]
+        folders = [self.context.storage.resolve(m.model_id) for m in made]
+        sizes = [(folder / "model.safetensors").stat().st_size / 2**20 for folder in folders]
         counts = [sum(p.numel() for p in m.model.parameters()) for m in made]
         for number, (size, count) in enumerate(zip(sizes, counts), 1):
             self.context.logger.metrics({f"model_{number}/size_mb": size, f"model_{number}/parameters": count})
