@@ -50,7 +50,9 @@ class ModelPlan(Config):
         Raises:
             ConfigError: a setting is refused, or no shape fits.
         """
-        template = MODEL_CONFIGS.get(self.family).build(self.settings, path="model.settings")
+        # Any width that the heads divide will do here: the solver replaces it.
+        width = self.d_model or 64 * int(self.settings.get("n_heads", 4))
+        template = MODEL_CONFIGS.get(self.family).build({"d_model": width, **self.settings}, path="model.settings")
         limits = {"tolerance": self.tolerance, "embedding_share": self.embedding_share}
         try:
             return solve_budget(template, self.target_parameters, width=self.d_model, **limits)
