@@ -44,15 +44,22 @@ class ModelPlan(Config):
         self.solve()
         return self
 
+    def _with_widths(self) -> dict[str, Any]:
+        """The settings with widths that the heads divide: any will do, the solver replaces them."""
+        known, widths = MODEL_CONFIGS.get(self.family).model_fields, {}
+        for width, heads in (("d_model", "n_heads"), ("d_mem", "memory_heads")):
+            number = self.settings.get(heads, 4)
+            if width in known and isinstance(number, int) and number > 0:
+                widths[width] = 64 * number
+        return {**widths, **self.settings}
+
     def solve(self) -> Budget:
         """The complete model configuration, with its parameter split.
 
         Raises:
             ConfigError: a setting is refused, or no shape fits.
         """
-        # Any width that the heads divide will do here: the solver replaces it.
-        width = self.d_model or 64 * int(self.settings.get("n_heads", 4))
-        template = MODEL_CONFIGS.get(self.family).build({"d_model": width, **self.settings}, path="model.settings")
+        template = MODEL_CONFIGS.get(self.family).build(self._with_widths(), path="model.settings")
         limits = {"tolerance": self.tolerance, "embedding_share": self.embedding_share}
         try:
             return solve_budget(template, self.target_parameters, width=self.d_model, **limits)

@@ -46,17 +46,14 @@ class Done:
         return lines[0].removeprefix("error: ")
 
 
-def small_profile(path: Path, ablate: bool = False, **changes: str) -> Path:
-    """Write the small profile; ``changes`` are values by key, wherever the key stands at a line's start."""
+def small_profile(path: Path, ablate: bool = False, gate: str = '"fall_back"') -> Path:
+    """Write the small profile, with its ablations or without, and what a gate that says no leads to."""
     text = (ROOT / "profiles" / "pico.toml").read_text(encoding="utf-8")
     for pattern, value in _SMALLER.items():
         text, count = re.subn(pattern, value, text)
         assert count, f"pico.toml has no {pattern}"
     text = re.sub(r"ablate = \w+", f"ablate = {str(ablate).lower()}", text)
-    for key, value in changes.items():
-        text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
-        assert count, f"pico.toml has no {key}"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"gate = {gate}\n{text}", encoding="utf-8")
     return path
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     """Run the command line; errors of the house become one line and their own exit code."""
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="agent-forge")
     except typer.Abort:
         code = 130
     except UsageError as error:

@@ -16,7 +16,7 @@ from agent_forge.pipeline.phase import PHASES, PhaseContext, PhaseResult, Progre
 from agent_forge.profile import Profile, load_profile
 from forgekit.compute.device import environment
 from forgekit.compute.monitor import ResourceMonitor
-from forgekit.errors import ArtifactError, ConfigError, ForgeError
+from forgekit.errors import ArtifactError, ConfigError, ForgeError, GateError
 from forgekit.measure.evidence import Evidence
 from forgekit.registry import unknown
 from forgekit.store import fsio
@@ -113,6 +113,7 @@ class PipelineOrchestrator:
 
         Raises:
             ConfigError: unknown phase, or one the profile has no settings for.
+            GateError: a gate said no and the profile asks to stop there; what the phase made is kept.
         """
         last = phase_name(until) if until is not None else None
         names = [name for name in ORDER if name in self.profile.phases]
@@ -125,11 +126,23 @@ class PipelineOrchestrator:
                 self.session_id, current_phase=name, progress_percent=100.0 * done / len(names)
             )
             results[name] = self.run_single_phase(name, models)
-            models = list(results[name].artifacts.get("all_models") or [results[name].model])
+            models = self._handed_over(results[name], models)
             if name == last:
                 break
         self.storage.registry.update_session(self.session_id, progress_percent=100.0)
         return results
+
+    def _handed_over(self, result: PhaseResult, given: list[str]) -> list[str]:
+        """Models for the next phase: what this one made, or what it was given where its gate said no."""
+        made = list(result.artifacts.get("all_models") or [result.model])
+        gate = result.artifacts.get("gate")
+        if not gate or gate["passed"] or self.profile.gate == "accept":
+            return made
+        if self.profile.gate == "stop":
+            reason = next(r for r in gate["reasons"] if r.startswith("no"))
+            remedy = 'see `agent-forge report`; gate = "fall_back" or "accept" goes on'
+            raise GateError(f"the gate said {reason}", where=f"phase {result.phase_name}", remedy=remedy)
+        return given or made  # the first phase was given nothing to fall back to
 
     def run_single_phase(self, phase: str | int, models: list[str] | None = None) -> PhaseResult:
         """Run one phase by name or number on models given by id.

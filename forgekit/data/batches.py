@@ -82,16 +82,16 @@ class ProblemSource:
             raise DataError(f"no problem fits {length} tokens", where="gym", remedy="raise the context or lower levels")
         line = np.full((rows, length + 1), self.pad, dtype=np.int32)
         target = np.full((rows, length + 1), IGNORE, dtype=np.int32)
-        draws = iter(fits[rng.integers(0, len(fits), size=rows * (1 + (length + 1) // int(self.size[fits].min())))])
+        draws = iter(fits[rng.integers(0, len(fits), size=1 + rows * (1 + (length + 1) // int(self.size[fits].min())))])
+        i = next(draws)
         for row in range(rows):
             at = 0
-            for i in draws:
+            while at + self.size[i] <= length + 1:
                 start, prompt, size = self.start[i], self.prompt_size[i], self.size[i]
-                if at + size > length + 1:
-                    break
                 line[row, at : at + size] = self.tokens[start : start + size]
                 target[row, at + prompt : at + size] = self.tokens[start + prompt : start + size]
                 at += size
+                i = next(draws)  # what does not fit here opens the next row: long problems are not passed over
         return line[:, :-1], target[:, 1:]
 
 

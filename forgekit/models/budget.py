@@ -97,7 +97,8 @@ def _shape(template: GPTConfig, target: int, d: int, embedding_share: float) -> 
     changes = {"d_model": d, "emb_rank": rank, "ffn_hidden": 16}
     if template.family == "trm_titans":
         heads = template.memory_heads
-        changes |= {"d_mem": max(heads, d // 2 // heads * heads), "gate_hidden": max(8, d // 4), "trm_hidden": d}
+        changes |= {"d_mem": max(heads, d // 2 // heads * heads), "gate_hidden": max(8, d // 4)}
+        changes["trm_hidden"] = d
     small = template.replace(**changes)
     left = target - small.parameters()
     ffn = 16 + round(left / (2 * d * template.n_layers) / 16) * 16

@@ -26,6 +26,9 @@ from forgekit.models.gpt import Block, positions
 from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows
 from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, TitansMemory
 
+GATE_BIAS = 2.0
+"""The gate starts at 0.88 attention: memory begins as noise, and half of it slows the trunk down (docs/LOG.md)."""
+
 HALT_BIAS = -3.0
 """The halting head starts far from halting: a zero bias makes most runs collapse to one step (2604.21999)."""
 
@@ -63,7 +66,7 @@ class GatedMemory(nn.Module):
         self.gate_in = linear(config.d_model, config.gate_hidden)
         self.gate_out = nn.Linear(config.gate_hidden, config.d_model)
         nn.init.zeros_(self.gate_out.weight)
-        nn.init.zeros_(self.gate_out.bias)
+        nn.init.constant_(self.gate_out.bias, GATE_BIAS)
 
     def forward(self, x_BTD: Tensor, attended_BTD: Tensor, state: MemoryState | None, lengths_B: Tensor | None):
         """g * attended + (1 - g) * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -123,6 +124,46 @@ def test_chat_answers_once_as_json_and_line_by_line_from_a_pipe(journey):
     assert lines.code == 0, lines.err
     # The first question has two lines, so its answer is its own; the second is the one asked above.
     assert lines.out.endswith(answer["answer"] + "\n")
+
+
+def test_chat_on_a_terminal_obeys_slash_commands(forge, journey, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    commands = "/params\n/params max_tokens=3\n/params temprature=1\n/params [/x]\n/reset\n/what\n"
+    words = commands + "\ncopy \\\n4\n/quit\nnever\n"
+    monkeypatch.setattr("sys.stdin", Terminal(words))
+    done = forge("--storage", journey.home / "storage", "chat", journey.folder("trunk"), "--max-tokens", "4")
+    assert done.code == 0, done.err
+    assert "max_tokens=4" in done.err and "max_tokens=3" in done.err and "forgotten" in done.err
+    assert "did you mean temperature" in done.err and "[/x]" in done.err
+    assert done.err.count("/quit leaves") == 2, "once as a greeting, once for the unknown command"
+    assert "...>" in done.out
+
+
+def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, monkeypatch):
+    storage = ("--storage", journey.home / "storage")
+    asked = json.loads(forge(*storage, "chat", "copy 4", "--json", "--max-tokens", "3").out)
+    assert asked["model"].endswith("adaptive_computation")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for model in (journey.result["model"], journey.folder("trunk")):
+        assert forge(*storage, "chat", model).code == 0
+    assert forge(*storage, "model", "latest", "--load").code == 0
+
+
+def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, journey):
+    done = forge("--storage", journey.home / "storage", "run", "--resume", journey.session[:8])
+    assert done.code == 0, done.err
+    assert "trunk learned copy" in done.out and "a short conversation" in done.out
+    assert "gate cognate" in done.err and "next: agent-forge chat" in done.err
+    assert "already finished" in done.err
+
+
+def test_run_phase_takes_a_number_or_a_name(forge, journey):
+    for phase in ("1", "cognate"):
+        done = forge("--storage", journey.home / "storage", "run", "--resume", "latest", "--phase", phase, "--json")
+        assert list(json.loads(done.out)["results"]) == ["cognate"]
 
 
 def test_chat_with_a_model_that_is_not_there_says_which_are(forge, journey):

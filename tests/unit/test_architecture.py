@@ -108,7 +108,9 @@ def test_the_rules_see_every_way_to_break_them(module, source):
 
 
 def test_what_is_allowed_is_not_reported():
-    source = "from forgekit.config import Config\nfrom agent_forge.pipeline.phase import Progress\nfrom .data import draw"
+    source = (
+        "from forgekit.config import Config\nfrom agent_forge.pipeline.phase import Progress\nfrom .data import draw"
+    )
     assert violations("agent_forge.phases.cognate.phase", source) == []
     assert violations("bagley.core.turn", "from forgekit.hub import read_hf_model") == []
 

@@ -57,10 +57,13 @@ def refused(values, source="run.toml", path="") -> ConfigError:
             "run.toml: inner.rate: value 7 refused: input should be less than or equal to 1; "
             "give another value. How fast. Default: 0.5.",
         ),
-        ({"steps": 1, "many": [{}, {"rate": "fast"}]}, "run.toml: many.1.rate: value 'fast' refused: input should be a"),
+        (
+            {"steps": 1, "many": [{}, {"rate": "fast"}]},
+            "run.toml: many.1.rate: value 'fast' refused: input should be a",
+        ),
         ({"steps": 1, "table": {"a": "b"}}, "run.toml: table.a: value 'b' refused"),
         ({}, "run.toml: steps: missing; add steps = ..."),
-        ({"steps": 1, "stepz": 2}, "run.toml: stepz: unknown key; did you mean steps?"),
+        ({"steps": 1, "stepz": 2}, "run.toml: stepz: unknown key; did you mean steps or table?"),
         ({"steps": 1, "inner": {"rat": 2}}, "run.toml: inner.rat: unknown key; did you mean rate?"),
         ({"steps": 1, "many": [{"nam": "y"}]}, "run.toml: many.0.nam: unknown key; did you mean name?"),
         ({"steps": 1, "zzzz": 2}, "run.toml: zzzz: unknown key; known keys: steps, inner, many, table"),
@@ -106,7 +109,10 @@ def test_replace_validates_and_leaves_the_original_alone():
 
 
 def test_equal_values_have_equal_fingerprints():
-    one, other = Outer.build({"steps": 1, "table": {"a": 1, "b": 2}}), Outer.build({"table": {"b": 2, "a": 1}, "steps": 1})
+    one, other = (
+        Outer.build({"steps": 1, "table": {"a": 1, "b": 2}}),
+        Outer.build({"table": {"b": 2, "a": 1}, "steps": 1}),
+    )
     assert one.fingerprint() == other.fingerprint() and len(one.fingerprint()) == 64
     assert one.fingerprint() != one.replace(steps=2).fingerprint()
     assert canonical_json({"b": [1, "é"], "a": None}) == '{"a":null,"b":[1,"é"]}'

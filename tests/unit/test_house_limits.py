@@ -141,8 +141,7 @@ def test_every_limit_can_be_broken(check, source):
 
 
 def test_what_is_within_the_limits_is_not_reported():
-    source = (
-        "def f(self, a, b, c, d, e, g):\n    try:\n        h()\n    except BaseException:\n        clean()\n        raise"
-    )
+    handler = "    try:\n        h()\n    except BaseException:\n        clean()\n        raise"
+    source = f"def f(self, a, b, c, d, e, g):\n{handler}"
     for check in (too_long, too_many_parameters, broad_handlers, pickles):
         assert check(ast.parse(source)) == []

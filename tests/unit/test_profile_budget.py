@@ -12,6 +12,7 @@ from forgekit.models.budget import solve_budget
 from forgekit.models.config import GPTConfig, TRMTitansConfig
 
 BUILT = ("pico", "nano")
+"""Small enough to be built here; of the larger ones the formula is checked."""
 MINIMAL = {"name": "mine", "model": {"target_parameters": 100_000, "settings": {"vocab_size": 448}}}
 
 
@@ -104,13 +105,14 @@ def test_what_cannot_be_solved_is_told(template, target, options):
         ({"model": {"target_parameters": 10}}, "model.target_parameters: no shape of"),
         ({"model": {"settings": {"vocab": 3}}}, "model.settings.vocab: unknown key; did you mean"),
         ({"model": {"settings": {"n_layers": 0}}}, "model.settings.n_layers: value 0 refused: input should be greater"),
-        ({"model": {"settings": {"n_heads": 3}}}, "model.settings: d_model 128 must be a multiple of 2 * n_heads = 6"),
+        ({"model": {"settings": {"n_heads": "x"}}}, "model.settings.n_heads: value 'x' refused"),
+        ({"model": {"settings": {"memory_layers": [9]}}}, "model.settings: memory_layers (9,) must lie in 0..2"),
         ({"gate": "maybe"}, "gate: value 'maybe' refused"),
         ({"context": 0}, "context: value 0 refused: input should be greater than 0"),
         ({"cleanup": {"max_sessions_total": 0}}, "cleanup.max_sessions_total: value 0 refused"),
         ({"phases": {"cognat": {}}}, "phases.cognat: unknown phase 'cognat'; did you mean cognate?"),
         ({"phases": {"cognate": {}}}, "phases.cognate.specialists: missing; add phases.cognate.specialists = ..."),
-        ({"phase": {}}, "phase: unknown key; did you mean phases?"),
+        ({"phase": {}}, "phase: unknown key; did you mean phases or name?"),
     ],
 )
 def test_refused_profiles_name_the_field(values, told):
@@ -128,9 +130,17 @@ def test_a_profile_is_the_same_as_toml_and_as_json(tmp_path):
 
 def test_a_phase_the_profile_does_not_run_is_told():
     profile = Profile.build(MINIMAL)
-    with pytest.raises(ConfigError, match="profile 'mine' has no settings for phase 'cognate'; this profile runs: nothing"):
+    with pytest.raises(
+        ConfigError, match="profile 'mine' has no settings for phase 'cognate'; this profile runs: nothing"
+    ):
         profile.phase("cognate")
     assert load_profile("pico").phase("cognate").specialists[0].name == "reasoning"
+
+
+@pytest.mark.parametrize("heads", [{"n_heads": 3}, {"n_heads": 5, "memory_heads": 3}, {"memory_heads": 6}])
+def test_heads_need_not_divide_widths_that_are_solved(heads):
+    shape = ModelPlan(target_parameters=900_000, settings=heads).solve().config
+    assert shape.d_model % (2 * shape.n_heads) == 0 and shape.d_mem % shape.memory_heads == 0
 
 
 def test_model_plans_refuse_what_they_cannot_solve():

@@ -39,9 +39,9 @@ def test_aliases_lead_to_the_name(shapes):
 
 def test_lazy_entries_are_imported_only_when_asked_for():
     code = (
-        "import sys; from forgekit.registry import Registry; r = Registry('x'); r.lazy('csv', 'csv:reader');"
-        "assert list(r) == ['csv'] and 'csv' in r and r.resolve('csv') and 'csv' not in sys.modules;"
-        "assert callable(r.get('csv')) and 'csv' in sys.modules"
+        "import sys; from forgekit.registry import Registry; r = Registry('x'); r.lazy('tones', 'colorsys:rgb_to_hsv');"
+        "assert list(r) == ['tones'] and 'tones' in r and r.resolve('tones') and 'colorsys' not in sys.modules;"
+        "assert callable(r.get('tones')) and 'colorsys' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path = {sys.path!r}; {code}"], check=False)
     assert done.returncode == 0
@@ -63,7 +63,7 @@ def test_a_name_taken_twice_is_refused(shapes):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("circel", "shape: unknown shape 'circel'; did you mean circle?"),
+        ("circel", "shape: unknown shape 'circel'; did you mean circle or disc?"),
         ("disk", "shape: unknown shape 'disk'; did you mean disc?"),
         ("qqq", "shape: unknown shape 'qqq'; choose one of fraction, circle, square, disc"),
     ],

@@ -139,6 +139,10 @@ def test_a_new_start_does_not_meet_the_old_course(tmp_path):
     fresh = trainer(train_config(steps=6), Echo(seed=1), folder=tmp_path)
     assert fresh.run(resume=False).resumed_from == 0
     assert [p.name for p in fresh.checkpoints.checkpoints()] == ["step-00000003", "step-00000006"]
+    events = Events()
+    diverging = poison(trainer(train_config(steps=6), folder=tmp_path, events=events), 2)
+    diverging.run(resume=False)
+    assert events.of("train_diverged")[0]["back_to"] == 0
 
 
 def test_a_finished_run_only_hands_its_result_out_again(tmp_path):
@@ -272,9 +276,20 @@ def test_a_slow_climb_far_above_the_recent_level_is_a_divergence_too():
 
 
 def test_what_diverged_weights_reached_does_not_clip_the_good_ones():
-    run = poison(trainer(train_config(optimizer={"qk_clip": 30.0})), 8)
+    run = trainer(train_config(optimizer={"qk_clip": 30.0}), model=made(trm_config(qk_norm=False)))
+    query = run.model.blocks[0].attn.wq.weight
+    poison(run, 8)
+    spoil = run.observer
+
+    def observe(info):
+        spoil(info)
+        if info.step == 8 and not run.state.position["recoveries"]:
+            with torch.no_grad():
+                query.mul_(1e9)
+
+    run.observer = observe
     run.run()
-    assert all(float(a.gain_H.detach().min()) > 5 for a in run.model.attentions())
+    assert run.state.position["recoveries"] == 1 and 1 < float(query.detach().norm()) < 100
 
 
 # --- memory ---

@@ -89,7 +89,12 @@ def _pairs(rng: np.random.Generator, n: int, count: int) -> tuple[np.ndarray, np
     return keys, rng.integers(0, 10, size=(n, count)), rng.integers(0, count, size=n)
 
 
-@family("recall", _solve_recall, 0.1)
+def guess_shown(pairs: int) -> float:
+    """Accuracy of naming any digit that was shown: the right pair's, or another's that happens to be equal."""
+    return 1 / pairs + (1 - 1 / pairs) / 10
+
+
+@family("recall", _solve_recall, lambda level: guess_shown(min(level + 1, 12)))
 def write_recall(rng: np.random.Generator, level: int, n: int) -> list[tuple[str, str]]:
     """Name the digit that stood beside a letter."""
     keys, values, asked = _pairs(rng, n, min(level + 1, 12))
@@ -99,7 +104,7 @@ def write_recall(rng: np.random.Generator, level: int, n: int) -> list[tuple[str
     ]
 
 
-@family("far_recall", _solve_recall, 0.1)
+@family("far_recall", _solve_recall, lambda level: guess_shown(4))
 def write_far_recall(
     rng: np.random.Generator, level: int, n: int, gap: int = 0, pairs: int = 0
 ) -> list[tuple[str, str]]:

@@ -1,0 +1,295 @@
+"""Phase 1 in parts: settings, data, evidence functions, the card. Whole runs are in tests/journey."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from agent_forge.phases.cognate import evidence as ev
+from agent_forge.phases.cognate.ablation import plain_shape
+from agent_forge.phases.cognate.card import card
+from agent_forge.phases.cognate.config import CognateConfig, GymMix
+from agent_forge.phases.cognate.data import draw, load_texts, prepare, specialist_mixture, trunk_mixture
+from agent_forge.profile import load_profile
+from forgekit.data.gym import Problem
+from forgekit.errors import ConfigError, DataError
+from forgekit.measure.evidence import Evidence
+from forgekit.models.config import TRMTitansConfig
+from forgekit.models.io import build_model
+
+torch.set_num_threads(1)
+SPECIALIST = {"name": "reasoning", "seed": 1, "mix": [{"family": "state", "levels": [1]}]}
+FAR = {"name": "memory_integration", "seed": 2, "mix": [{"family": "far_recall", "levels": [1]}]}
+SMALL = {
+    "pool": 20,
+    "trunk_mix": [{"family": "copy", "levels": [1]}, {"family": "compare", "levels": [1]}],
+    "text": {"names": ["python_prose"], "bytes_each": 60_000, "local": ["tinystories"]},
+    "trunk": {"steps": 4, "rows": 6, "seq_len": 32, "seed": 42},
+    "specialist": {"steps": 2, "rows": 6, "seq_len": 32},
+    "specialists": [SPECIALIST, FAR],
+    "evaluation": {"problems": 20, "windows": 4},
+}
+
+
+def config(**changes) -> CognateConfig:
+    return CognateConfig.build({**SMALL, **changes}, path="phases.cognate")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return prepare(config(), 320, None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A stirred model: what training starts silent (gates, memories) speaks."""
+    torch.manual_seed(1)
+    shape = TRMTitansConfig(
+        vocab_size=320, d_model=32, n_layers=2, n_heads=2, ffn_hidden=32, window=4, d_mem=16, memory_chunk=8,
+        gate_hidden=8, trm_hidden=16, max_seq_len=64, t_max=3,
+    )  # fmt: skip
+    model = build_model(shape)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.recursion.teacher_weight.copy_(torch.randn_like(model.recursion.teacher_weight))
+    return model.eval()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"specialists": []}, "phases.cognate.specialists: value [] refused"),
+        ({"specialists": [SPECIALIST, SPECIALIST]}, "two specialists share a name: ['reasoning', 'reasoning']"),
+        ({"specialists": [{**SPECIALIST, "train": {"steps": 0}}]}, "steps: value 0 refused"),
+        ({"specialists": [{**SPECIALIST, "train": {"stepz": 3}}]}, "stepz: unknown key; did you mean steps"),
+        (
+            {"specialists": [{**SPECIALIST, "act_threshold": 2}]},
+            "phases.cognate.specialists.0.act_threshold: value 2 ref",
+        ),
+        ({"trunk_mix": []}, "phases.cognate.trunk_mix: value [] refused"),
+        ({"trunk_mix": [{"family": "copi"}]}, "unknown gym family 'copi'; did you mean copy"),
+        ({"trunk_mix": [{"family": "copy", "levels": [0]}]}, "trunk_mix.0.levels.0: value 0 refused"),
+        ({"trunk_mix": [{"family": "copy", "options": {"gap": 3}}]}, "copy has no option ['gap']; it has []"),
+        ({"text": {"share": 1.5}}, "phases.cognate.text.share: value 1.5 refused"),
+        ({"pool": 0}, "phases.cognate.pool: value 0 refused"),
+    ],
+)
+def test_settings_are_refused_by_name(changes, told):
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_specialist_trains_as_the_others_but_for_what_it_changes():
+    plan = {**SPECIALIST, "train": {"steps": 9}}
+    settings = config(specialists=[plan])
+    train = settings.training_of(settings.specialists[0])
+    assert (train.steps, train.rows, train.seed) == (9, 6, 1)
+    assert set(settings.specialists[0].traits()) <= set(TRMTitansConfig.model_fields)
+
+
+# Data
+
+
+def test_report_texts_are_disjoint_from_train_texts(data):
+    train, report = ({" ".join(t.casefold().split()) for t in texts} for texts in (data.train_texts, data.report_texts))
+    assert train and report and not train & report
+
+
+def test_report_problems_are_disjoint_from_train_problems(data):
+    asked = {p.prompt for p in data.trunk_problems}
+    report = ev.report_set(config().trunk_mix, 30)
+    assert len(report) == 60 and not asked & {p.prompt for p in report}
+
+
+def test_the_tokenizer_fills_the_vocabulary_and_provenance_names_everything(data):
+    assert data.tokenizer.get_vocab_size() == 320
+    names = [record["name"] for record in data.provenance]
+    assert names == ["python_prose", "gym"]
+    assert data.provenance[0]["sha256"] and data.provenance[0]["rows_used"] > 0
+    assert any(note.startswith("python_prose: ") for note in data.notes)
+
+
+def test_equal_data_have_equal_hashes_and_other_data_others(data):
+    assert prepare(config(), 320, None).data_hash == data.data_hash
+    for change in ({"pool": 21}, {"text": {**SMALL["text"], "bytes_each": 20_000}}, {"trunk": {"seed": 1}}):
+        assert prepare(config(**change), 320, None).data_hash != data.data_hash, change
+
+
+def stories(folder: Path, count: int = 60) -> list[str]:
+    """A data folder with ``count`` stories in which no thirteen words repeat, and a benchmark that quotes one."""
+    rng = np.random.default_rng(0)
+    words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(600)]
+    texts = [" ".join(rng.choice(words, 60)) + "." for _ in range(count)]
+    (folder / "tinystories").mkdir(parents=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "tinystories" / "train.jsonl").write_text(rows, encoding="utf-8")
+    (folder / "bench").mkdir()
+    item = {"question": texts[7], "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    (folder / "bench" / "arc_easy_test.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
+    return texts
+
+
+def test_documents_that_hold_benchmark_items_are_dropped(tmp_path):
+    texts = stories(tmp_path)
+    train, report, provenance, notes = load_texts(config(), tmp_path)
+    used = set(train) | set(report)
+    assert texts[7] not in used and len(used & set(texts)) >= 50
+    assert [p["name"] for p in provenance] == ["python_prose", "tinystories"]
+    assert any(note.startswith("contamination: 1 of ") for note in notes)
+
+
+def test_a_data_folder_need_not_hold_benchmarks(tmp_path):
+    texts = stories(tmp_path)
+    shutil.rmtree(tmp_path / "bench")
+    train, report, _, notes = load_texts(config(), tmp_path)
+    assert texts[7] in {*train, *report} and not any(note.startswith("contamination") for note in notes)
+
+
+def test_too_little_text_is_told():
+    with pytest.raises(DataError, match="too little text is left after cleaning; raise text.bytes_each"):
+        load_texts(config(text={"names": ["python_prose"], "bytes_each": 300}), None)
+
+
+def test_batches_are_a_pure_function_of_settings_and_step(data):
+    settings = config()
+    plan = settings.specialists[0]
+    train = settings.training_of(plan)
+    for make in (lambda: trunk_mixture(data, settings), lambda: specialist_mixture(data, settings, plan, train)):
+        one, other = make().batch(3), make().batch(3)
+        assert np.array_equal(one.inputs, other.inputs) and np.array_equal(one.labels, other.labels)
+        assert one.inputs.shape == (6, 32) and not np.array_equal(one.inputs, make().batch(4).inputs)
+
+
+def test_draw_takes_as_many_of_every_family_and_level():
+    problems = draw((GymMix(family="copy", levels=(1, 2)), GymMix(family="sort", levels=(3,))), 5, seed=1)
+    assert [(p.family, p.level) for p in problems] == [("copy", 1)] * 5 + [("copy", 2)] * 5 + [("sort", 3)] * 5
+
+
+# Evidence
+
+
+def test_silencing_removes_the_memory_and_nothing_else(model):
+    """Beyond the attention's reach only the memory remembers: without it the past makes no difference."""
+    ids = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 7) % 320
+    far = model.config.reach + 1
+    mute = ev.silence_memory(model)
+    with torch.inference_mode():
+        heard = (model(changed).logits - model(ids).logits)[0].abs().amax(-1)
+        unheard = (mute(changed).logits - mute(ids).logits)[0].abs().amax(-1)
+    assert heard[far:].max() > 1e-4, "the memory of the model itself must carry something, or this test says nothing"
+    assert unheard[far:].max() == 0 and unheard[0] > 0
+    changed_names = {n for (n, a), b in zip(model.state_dict().items(), mute.state_dict().values()) if not a.equal(b)}
+    assert changed_names == {"blocks.1.gated.out_norm.weight"}, "and the model measured stays as it was"
+
+
+def test_a_threshold_of_one_takes_every_step(model):
+    ids = torch.randint(0, 320, (4, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        never, at_once = (ev.with_threshold(model, t)(ids).steps for t in (1.0, 1e-6))
+    assert (never == 3).all() and (at_once == 1).all()
+    assert ev.with_threshold(model, 0.3).config.act_threshold == 0.3 and model.config.act_threshold != 0.3
+
+
+def test_chance_is_the_larger_of_the_declared_and_the_majority():
+    compare = [Problem("compare", 1, f"compare {i}", "<") for i in range(3)] + [Problem("compare", 1, "compare x", ">")]
+    assert ev.chance_of(compare) == pytest.approx(0.75)
+    spread = [Problem("copy", 1, f"copy {i}", str(i)) for i in range(100)]
+    assert ev.chance_of(spread) < 0.2
+    both = ev.chance_of(compare + spread)
+    assert both == pytest.approx((ev.chance_of(compare) + ev.chance_of(spread)) / 2), "families count alike"
+
+
+def test_accuracy_by_level():
+    problems = [Problem("copy", 1, "a", "a"), Problem("copy", 1, "b", "b"), Problem("sort", 2, "c", "c")]
+    scores = SimpleNamespace(right=np.array([1.0, 0.0, 1.0]))
+    assert ev.by_level(problems, scores) == {"copy/1": 0.5, "sort/2": 1.0}
+
+
+def test_the_far_test_lies_beyond_all_that_attention_reaches(model):
+    part = ev.far_mix(config(), model)
+    assert part.family == "far_recall" and part.options["gap"] >= model.config.reach
+    assert ev.far_mix(config(evaluation={"far_gap": 77}), model).options["gap"] == 77
+
+
+def evidence_of(claim: str, verdict: str) -> Evidence:
+    values = {
+        "claim": claim,
+        "metric": "exact_match",
+        "before": 0.1,
+        "after": 0.5,
+        "baseline": None,
+        "ci95": (0.1, 0.7),
+    }
+    return Evidence.build(
+        {**values, "n": 40, "seeds": (1,), "split": "report", "chance": 0, "compute": {}, "verdict": verdict}
+    )
+
+
+def test_the_gate_needs_every_claim_and_every_one_improved():
+    settings = config()
+    claims = [ev.trunk_claim("copy"), ev.trunk_claim("compare")]
+    claims += [ev.own_claim(plan.name) for plan in settings.specialists]
+    gate = ev.gate(settings, "stop")
+    improved = [evidence_of(claim, "improved") for claim in claims]
+    assert gate.policy == "stop" and gate.decide(improved).passed
+    for i, claim in enumerate(claims):
+        missing = gate.decide(improved[:i] + improved[i + 1 :])
+        assert not missing.passed and f"no: {claim} needs improved, there is no evidence for it" in missing.reasons
+        for verdict in ("no-difference", "worse", "no-signal"):
+            assert not gate.decide([*improved[:i], evidence_of(claim, verdict), *improved[i + 1 :]]).passed
+
+
+def test_measure_claims_what_the_phase_promises(data, model):
+    settings = config()
+    subjects = [ev.Subject(plan, model, plan.name) for plan in settings.specialists]
+    found, tables = ev.measure(settings, model, model, subjects, data)
+    claims = [e.claim for e in found]
+    assert len(claims) == len(set(claims))
+    for part in ("trunk learned copy", "trunk models held-out text", "reasoning on memory_integration"):
+        assert part in claims
+    assert any("beyond the attention window" in c for c in claims) and any("halting" in c for c in claims)
+    # Everything was measured on one and the same model: nothing may have improved or become worse but by halting.
+    same = [
+        e for e in found if "memory" not in e.claim.split()[-1] and "halt" not in e.claim and "window" not in e.claim
+    ]
+    assert {e.verdict for e in same} <= {"no-difference", "no-signal"}
+    assert all(e.split == "report" for e in found)
+    assert set(tables["levels"]) == {"trunk", "reasoning", "memory_integration"}
+    for shares in tables["act_histogram"].values():
+        assert list(shares) == ["1", "2", "3"] and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_plain_family_of_the_ablation_has_the_same_shape():
+    shape = load_profile("nano").model_config_solved()
+    plain = plain_shape(shape)
+    assert plain.family == "gpt"
+    for field in ("d_model", "n_layers", "n_heads", "ffn_hidden", "vocab_size", "window", "max_seq_len"):
+        assert getattr(plain, field) == getattr(shape, field), field
+
+
+# The card
+
+
+def test_the_card_tells_the_models_own_numbers(data, model):
+    shape, train = model.config, config().trunk
+    text = card("reasoning", shape, train, {"final_loss": 1.23456}, data)
+    assert text.startswith("# reasoning\n") and "the reasoning specialist" in text
+    assert f"**{shape.parameters():,}**" in text and "1.235 nats" in text and "seed 42" in text
+    for part, count in shape.split().items():
+        assert f"| {part} | {count:,} |" in text
+    for note in data.notes:
+        assert f"- {note}" in text
+    assert "common ancestor" in card("trunk", shape, train, {"final_loss": 1.0}, data)
