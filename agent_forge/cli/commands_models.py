@@ -36,11 +36,8 @@ def models(
     elif not rows:
         say("no models yet; make some with: agent-forge run --until cognate")
     else:
-        cells = [
-            [r["model_id"], r["model_name"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"]]
-            for r in rows
-        ]
-        table("models", ["model", "name", "parameters>", "MB>", "made"], cells)
+        cells = [[r["model_id"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"][5:16].replace("T", " ")] for r in rows]
+        table("models", ["model!", "parameters>", "MB>", "made!"], cells)
 
 
 def model(

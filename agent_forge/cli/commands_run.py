@@ -121,7 +121,7 @@ def status(
                 r["status"],
                 r["current_phase"] or "-",
                 f"{r['progress_percent']:.0f} %",
-                r["start_time"],
+                r["start_time"][:16],
             ]
             for r in rows
         ]

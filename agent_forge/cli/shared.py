@@ -28,7 +28,7 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table for people. Columns whose name ends in ``>`` are aligned right."""
+    """A table for people. A column name ending in ``>`` aligns right, in ``!`` never wraps."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -43,7 +43,8 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         pad_edge=False,
     )
     for column in columns:
-        grid.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+        right = "right" if column.endswith(">") else "left"
+        grid.add_column(column.rstrip(">!"), justify=right, overflow="fold", no_wrap=column.endswith("!"))
     for row in rows:
         grid.add_row(*(_cell(cell) for cell in row))
     Console().print(grid)

@@ -15,8 +15,6 @@ from forgekit.store.storage import ModelStorage
 from forgekit.tracking.events import read_events
 from tests.conftest import small_profile
 
-pytestmark = pytest.mark.xdist_group("pipeline")
-
 
 @dataclass(frozen=True)
 class Stopped:

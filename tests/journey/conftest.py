@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_cli, small_profile
+from tests.conftest import made_once, run_cli, small_profile
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,23 @@ class Journey:
 @pytest.fixture(scope="session")
 def journey(tmp_path_factory) -> Journey:
     """Phase 1 from nothing, ablations included, by ``agent-forge run``. Nobody may change what it made."""
-    home = tmp_path_factory.mktemp("journey")
-    profile = small_profile(home / "small.toml", ablate=True)
-    done = run_cli("run", "--profile", profile, "--json", cwd=home)
-    assert done.code == 0, done.err
-    return Journey(home, profile, json.loads(done.out))
+
+    def make(folder: Path) -> None:
+        home = folder / "home"
+        home.mkdir()
+        done = run_cli("run", "--profile", small_profile(home / "small.toml", ablate=True), "--json", cwd=home)
+        assert done.code == 0, done.err
+        (home / "run.json").write_text(done.out, encoding="utf-8")
+        # SQLite's side files come and go while others read, so copies are taken from one that nobody opens.
+        shutil.copytree(home, folder / "pristine")
+
+    home = made_once(tmp_path_factory, "journey", make) / "home"
+    return Journey(home, home / "small.toml", json.loads((home / "run.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture
 def copy(journey, tmp_path) -> Journey:
     """The same in a folder of its own, to be damaged."""
     home = tmp_path / "copy"
-    shutil.copytree(journey.home, home)
+    shutil.copytree(journey.home.parent / "pristine", home)
     return Journey(home, home / journey.profile.name, journey.run)

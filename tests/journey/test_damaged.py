@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("journey")
-
 
 def newer(path: Path) -> None:
     manifest = json.loads(path.read_text())
@@ -102,8 +100,8 @@ def test_unknown_session_is_refused(forge, journey, command):
     assert done.code == 4 and "no session '00000000'; see `agent-forge status`" in done.error
 
 
-def test_resuming_with_a_phase_that_does_not_exist_leaves_the_session_as_it_was(forge, journey):
-    storage = ("--storage", journey.home / "storage")
+def test_resuming_with_a_phase_that_does_not_exist_leaves_the_session_as_it_was(forge, copy):
+    storage = ("--storage", copy.home / "storage")
     done = forge(*storage, "run", "--resume", "latest", "--phase", "bogus")
     assert done.code == 2 and "unknown phase 'bogus'" in done.error
     assert json.loads(forge(*storage, "status", "--json").out)[0]["status"] == "completed"

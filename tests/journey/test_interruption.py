@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CLI, Done, environment, run_cli, small_profile
+from tests.conftest import CLI, Done, environment, made_once, run_cli, small_profile
 
-pytestmark = pytest.mark.xdist_group("journey")
 MODELS = ("trunk", "reasoning", "memory_integration", "adaptive_computation")
 MARKS = ("train_checkpoint", "trained")
 
@@ -50,17 +49,19 @@ def status(forge, home: Path) -> dict:
     return row
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def paused(tmp_path_factory) -> Path:
     """A folder with a session that Ctrl-C stopped in the middle of the trunk."""
-    home = tmp_path_factory.mktemp("paused")
+    return made_once(tmp_path_factory, "paused", pause)
+
+
+def pause(home: Path) -> None:
     # Without ablations: they come after the models and must not change them, so the journey's bits are the measure.
     profile = small_profile(home / "small.toml")
     done = stop(start(home, "run", "--profile", profile, "--json"), home, 1, signal.SIGINT)
     assert done.code == 130, done.err
     assert "Traceback" not in done.err and "paused; go on with: agent-forge run --resume" in done.err
     assert done.out == ""
-    return home
 
 
 @pytest.fixture

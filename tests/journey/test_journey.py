@@ -11,7 +11,6 @@ from forgekit.measure.evidence import Evidence
 from forgekit.tracking.loggers import PhaseLogger, PipelineLogger
 from tests.conftest import run_cli
 
-pytestmark = pytest.mark.xdist_group("journey")
 SPECIALISTS = ("reasoning", "memory_integration", "adaptive_computation")
 # DESIGN, section 3 (3).
 EVIDENCE = (
@@ -152,17 +151,17 @@ def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, mon
     assert forge(*storage, "model", "latest", "--load").code == 0
 
 
-def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, journey):
-    done = forge("--storage", journey.home / "storage", "run", "--resume", journey.session[:8])
+def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, copy):
+    done = forge("--storage", copy.home / "storage", "run", "--resume", copy.session[:8])
     assert done.code == 0, done.err
     assert "trunk learned copy" in done.out and "a short conversation" in done.out
     assert "gate cognate" in done.err and "next: agent-forge chat" in done.err
     assert "already finished" in done.err
 
 
-def test_run_phase_takes_a_number_or_a_name(forge, journey):
+def test_run_phase_takes_a_number_or_a_name(forge, copy):
     for phase in ("1", "cognate"):
-        done = forge("--storage", journey.home / "storage", "run", "--resume", "latest", "--phase", phase, "--json")
+        done = forge("--storage", copy.home / "storage", "run", "--resume", "latest", "--phase", phase, "--json")
         assert list(json.loads(done.out)["results"]) == ["cognate"]
 
 
@@ -172,12 +171,12 @@ def test_chat_with_a_model_that_is_not_there_says_which_are(forge, journey):
     assert "did you mean cognate_trunk" in done.error
 
 
-def test_resuming_a_finished_session_makes_nothing_again(forge, journey):
-    before = {p: p.stat().st_mtime_ns for p in journey.home.rglob("*.safetensors")}
-    done = forge("--storage", journey.home / "storage", "run", "--resume", "latest", "--json")
+def test_resuming_a_finished_session_makes_nothing_again(forge, copy):
+    before = {p: p.stat().st_mtime_ns for p in copy.home.rglob("*.safetensors")}
+    done = forge("--storage", copy.home / "storage", "run", "--resume", "latest", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["results"]["cognate"]["evidence"] == journey.result["evidence"]
-    assert {p: p.stat().st_mtime_ns for p in journey.home.rglob("*.safetensors")} == before
+    assert json.loads(done.out)["results"]["cognate"]["evidence"] == copy.result["evidence"]
+    assert {p: p.stat().st_mtime_ns for p in copy.home.rglob("*.safetensors")} == before
 
 
 def test_validate_is_content_then_names_the_one_changed_file(forge, copy):
