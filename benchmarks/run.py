@@ -17,9 +17,15 @@ ALL = (
 
 def main() -> None:
     """Run all, or those named on the command line."""
+    failed: list[str] = []
     for name in sys.argv[1:] or ALL:
         print(f"== {name}", file=sys.stderr)
-        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        try:
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        except SystemExit as error:  # a missed target must not keep the others from running
+            failed += [name] if error.code else []
+    if failed:
+        sys.exit(f"targets missed in: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from agent_forge.phases.cognate.ablation import plain_shape
@@ -44,8 +46,6 @@ def main() -> None:
     ours.train(), plain.train()
     trainer._snapshot()
     optimizers = torch_optimizers(plain, train.optimizer.lr)
-    import time
-
     began = time.perf_counter()
 
     def our_step(i: int) -> None:
@@ -53,7 +53,7 @@ def main() -> None:
 
     def plain_step(i: int) -> None:
         batch = ready[i % len(ready)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=trainer.dtype or torch.float32, enabled=trainer.dtype is not None):
             loss = plain.training_loss(torch.from_numpy(batch.inputs), torch.from_numpy(batch.labels)).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
@@ -64,35 +64,27 @@ def main() -> None:
     alternate({"ours": our_step, "plain": plain_step}, 1, 4)
     loop = alternate({"ours": our_step, "plain": plain_step}, ROUNDS, EACH)
     step = optimizer_steps(shape, train)
+    publish_ratios(loop, step, train, ours.config.parameters())
+
+
+def publish_ratios(loop: dict, step: dict, train, parameters: int) -> None:
+    """The table."""
     rows = []
-    tokens = train.rows * train.seq_len
     middle, low, high = ratio(loop, "plain", "ours")
-    speed = tokens / sorted(loop["ours"])[ROUNDS // 2]
-    rows.append(
-        [
-            "training throughput, ours / plain loop",
-            middle,
-            f"{low:.2f} to {high:.2f}",
-            f">= {TARGET_LOOP}",
-            "met" if middle >= TARGET_LOOP else "missed",
-            f"{speed:,.0f} tokens/s",
-        ]
-    )
-    for name in ("MuonGrokfast, all parts", "MuonGrokfast, nano's settings", "MuonGrokfast, plain Muon settings"):
+    speed = train.rows * train.seq_len / sorted(loop["ours"])[ROUNDS // 2]
+    verdict = "met" if middle >= TARGET_LOOP else "missed"
+    what = "training throughput, ours / plain loop"
+    rows.append([what, middle, f"{low:.2f} to {high:.2f}", f">= {TARGET_LOOP}", verdict, f"{speed:,.0f} tokens/s"])
+    for name in (n for n in step if n != "torch"):
         middle, low, high = ratio(step, name, "torch")
-        rows.append(
-            [
-                f"optimizer step, {name} / torch Muon + AdamW",
-                middle,
-                f"{low:.2f} to {high:.2f}",
-                f"<= {TARGET_STEP}",
-                "met" if middle <= TARGET_STEP else "missed",
-                f"{1e3 * sorted(step[name])[ROUNDS // 2]:.1f} ms",
-            ]
-        )
+        verdict = "met" if middle <= TARGET_STEP else "missed"
+        what, span = f"optimizer step, {name} / torch Muon + AdamW", f"{low:.2f} to {high:.2f}"
+        milliseconds = f"{1e3 * sorted(step[name])[ROUNDS // 2]:.1f} ms"
+        rows.append([what, middle, span, f"<= {TARGET_STEP}", verdict, milliseconds])
     notes = [
-        f"`gpt` of {ours.config.parameters():,} parameters, {train.rows} x {train.seq_len} tokens a step, "
-        f"{ROUNDS} rounds of {EACH} steps taking turns; ratios are medians over rounds."
+        f"`gpt` of {parameters:,} parameters, {train.rows} x {train.seq_len} tokens a step, {ROUNDS} rounds of {EACH} "
+        "steps taking turns; ratios are medians over rounds. The plain loop uses torch.optim.Muon and AdamW; a step of "
+        "ours includes drawing the batch, losses, clipping, the schedule and the bookkeeping for checkpoints."
     ]
     publish("training_throughput", "Training throughput", ["what", "ratio", "range", "target", "", "ours"], rows, notes)
 

@@ -36,7 +36,10 @@ def models(
     elif not rows:
         say("no models yet; make some with: agent-forge run --until cognate")
     else:
-        cells = [[r["model_id"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"][5:16].replace("T", " ")] for r in rows]
+        cells = [
+            [r["model_id"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"][5:16].replace("T", " ")]
+            for r in rows
+        ]
         table("models", ["model!", "parameters>", "MB>", "made!"], cells)
 
 

@@ -66,7 +66,7 @@ def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, An
         steps = list(next(iter(histogram.values())))
         rows = [[m.replace("_", " "), *(f"{shares[s]:.0%}" for s in steps)] for m, shares in histogram.items()]
         columns = ["model", *(f"{s} step{'s' * (s != '1')}>" for s in steps)]
-        table(f"{name}: recursion steps taken on held-out text", columns, rows)
+        table(f"{name}: share of tokens by recursion steps taken", columns, rows)
 
 
 def _evidence_row(e: dict[str, Any]) -> list[str]:

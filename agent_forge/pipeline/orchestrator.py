@@ -21,7 +21,6 @@ from forgekit.measure.evidence import Evidence
 from forgekit.registry import unknown
 from forgekit.store import fsio
 from forgekit.store.cleanup import SessionCleanupManager
-from forgekit.store.database import session_alive
 from forgekit.store.names import PHASES as ORDER
 from forgekit.store.names import canonical_phase, phase_folder
 from forgekit.store.storage import ModelStorage
@@ -72,13 +71,14 @@ class PipelineOrchestrator:
         store.reindex()  # a model that was finished but not yet registered when its process was killed
         registry = store.registry
         row = registry.get_session(_full_id(registry, session_id))
-        if row["status"] == "running" and session_alive(row):
-            raise ArtifactError(
-                f"is running in process {row['pid']}",
-                where=f"session {row['session_id']}",
-                remedy="wait, or stop it first",
-            )
         plan = row["config"]
+        if "profile" not in plan:
+            raise ArtifactError(
+                "was restored from its models and has no plan",
+                where=f"session {row['session_id']}",
+                remedy="its models can be used; start a new run to make others",
+            )
+        registry.claim_session(row["session_id"])
         return cls(
             Profile.build(plan["profile"], f"session {row['session_id']}"),
             storage,

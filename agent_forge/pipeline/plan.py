@@ -16,7 +16,8 @@ OPTIMIZER_SLOTS = 3
 def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
     """The plan as JSON-able values.
 
-    Times are forecast from a few real training steps of the profile's model on this machine, measured now.
+    Times are forecast from a few real training steps of the profile's model on this machine, measured now; data,
+    evidence and ablations are not in them.
 
     Raises:
         ConfigError: unknown phase, or one the profile has no settings for.
@@ -27,24 +28,13 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
         last = phase_name(until)
         profile.phase(last)
         names = names[: names.index(last) + 1]
-    stages, models = [], 0
+    stages, models, kept = [], 0, 0
     for name in names:
         config = profile.phase(name)
         if name == "cognate":
             trains = [("trunk", config.trunk), *((s.name, config.training_of(s)) for s in config.specialists)]
-            models += len(trains)
-            for stage, train in trains:
-                seconds = train.steps * _step_seconds(profile, train)
-                tokens = train.steps * train.rows * train.seq_len
-                stages.append(
-                    {
-                        "phase": name,
-                        "stage": stage,
-                        "steps": train.steps,
-                        "tokens": tokens,
-                        "seconds": round(seconds, 1),
-                    }
-                )
+            stages += [{"phase": name, **stage} for stage in _stages(profile, trains)]
+            models, kept = models + len(trains), max(kept, *(train.keep_checkpoints for _, train in trains))
     return {
         "profile": profile.name,
         "about": profile.about,
@@ -58,35 +48,54 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
         },
         "stages": stages,
         "seconds": round(sum(s["seconds"] for s in stages), 1),
-        "disk_bytes": forecast(budget.parameters, models, 2, OPTIMIZER_SLOTS),
+        "disk_bytes": forecast(budget.parameters, models, kept, OPTIMIZER_SLOTS),
     }
 
 
-_MEASURED: dict[tuple, float] = {}
+def _stages(profile: Profile, trains: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """Steps, tokens and seconds of every training; every token counts as supervised, which is the safe side."""
+    shape, speeds, stages = profile.model_config_solved(), {}, []
+    for stage, train in trains:
+        if train.seq_len not in speeds:
+            speeds[train.seq_len] = training_speed(profile, train.seq_len)
+        tokens = train.steps * train.rows * train.seq_len
+        seconds = tokens * shape.train_flops_per_token(train.seq_len, 1.0) / speeds[train.seq_len]
+        stages.append({"stage": stage, "steps": train.steps, "tokens": tokens, "seconds": round(seconds, 1)})
+    return stages
 
 
-def _step_seconds(profile: Profile, train) -> float:
-    """Seconds of one training step of this shape on this machine, the best of two after a warm-up."""
+SAMPLE_TOKENS, SAMPLE_LAYERS, LARGE = 2048, 2, 50_000_000
+
+
+def training_speed(profile: Profile, seq_len: int) -> float:
+    """Training FLOP/s of this machine on the profile's model, from a few small real steps.
+
+    A batch of about 2,048 tokens is enough to see the speed and small enough to fit; of a large model two layers
+    stand for all.
+    """
     import numpy as np
     import torch
 
     from forgekit.data.batches import Batch
     from forgekit.models.io import build_model
+    from forgekit.train.config import TrainConfig
     from forgekit.train.loop import Trainer
 
-    shape = profile.model_config_solved()
-    key = (shape.fingerprint(), train.rows, train.seq_len)
-    if key not in _MEASURED:
-        torch.set_num_threads(profile.threads or torch.get_num_threads())
-        clocks = []
+    shape, length = profile.model_config_solved(), min(seq_len, 256)
+    if shape.parameters() > LARGE:
+        shape = shape.replace(n_layers=SAMPLE_LAYERS, memory_layers=(1,))
+    rows = max(1, SAMPLE_TOKENS // length)
+    torch.set_num_threads(profile.threads or torch.get_num_threads())
+    clocks: list[float] = []
 
-        class Noise:
-            def batch(self, step: int) -> Batch:
-                clocks.append(time.perf_counter())
-                rng = np.random.default_rng(step)
-                return Batch(*(rng.integers(0, shape.vocab_size, (train.rows, train.seq_len)) for _ in range(2)))
+    class Noise:
+        def batch(self, step: int) -> Batch:
+            clocks.append(time.perf_counter())
+            rng = np.random.default_rng(step)
+            return Batch(*(rng.integers(0, shape.vocab_size, (rows, length)) for _ in range(2)))
 
-        with torch.random.fork_rng():
-            Trainer(build_model(shape), Noise(), train.replace(steps=4, checkpoint_every=0)).run()
-        _MEASURED[key] = min(b - a for a, b in zip(clocks[1:], clocks[2:]))
-    return _MEASURED[key]
+    train = TrainConfig(steps=4, rows=rows, seq_len=length, checkpoint_every=0)
+    with torch.random.fork_rng():
+        Trainer(build_model(shape), Noise(), train).run()
+    best = min(b - a for a, b in zip(clocks[1:], clocks[2:]))
+    return rows * length * shape.train_flops_per_token(length, 1.0) / best

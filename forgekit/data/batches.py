@@ -44,10 +44,16 @@ def encode_texts(tokenizer, texts: Iterable[str]) -> np.ndarray:
 
 
 class TextSource:
-    """Random windows of a token stream; every token is supervised."""
+    """Random windows of a token stream.
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
+    Args:
+        tokens: the stream.
+        supervised: share of the tokens that carry a label, drawn anew for every window. A row of text has a label at
+            every token where a row of problems has few; supervising a share keeps text from drowning them.
+    """
+
+    def __init__(self, tokens: np.ndarray, supervised: float = 1.0) -> None:
+        self.tokens, self.supervised = tokens, supervised
 
     def rows(self, rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """``rows`` windows of ``length`` inputs and their next tokens."""
@@ -57,7 +63,10 @@ class TextSource:
             )
         start = rng.integers(0, len(self.tokens) - length, size=rows)
         window = self.tokens[start[:, None] + np.arange(length + 1)]
-        return window[:, :-1], window[:, 1:]
+        labels = window[:, 1:]
+        if self.supervised < 1:
+            labels = np.where(rng.random(labels.shape) < self.supervised, labels, IGNORE)
+        return window[:, :-1], labels
 
 
 class ProblemSource:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from forgekit.data.batches import ProblemSource, encode_texts
 from forgekit.data.gym import Problem
 from forgekit.errors import DataError
+from forgekit.models.base import score_at, supervised_positions
 from forgekit.models.constants import IGNORE
 
 
@@ -85,14 +86,21 @@ def _score_rows(model, source: ProblemSource, chosen: np.ndarray, device: torch.
         ids[row, :size] = source.tokens[start : start + size]
         labels[row, prompt - 1 : size - 1] = source.tokens[start + prompt : start + size]
     labels_BT = torch.from_numpy(labels).to(device)
-    out = model(torch.from_numpy(ids).to(device))
-    asked_BT = labels_BT != IGNORE
-    right_B = ((out.logits.argmax(-1) == labels_BT) | ~asked_BT).all(1)
-    nats_BT = F.cross_entropy(out.logits.transpose(1, 2).float(), labels_BT, ignore_index=IGNORE, reduction="none")
-    tokens_B = asked_BT.sum(1)
-    steps_B = torch.zeros_like(tokens_B) if out.steps is None else (out.steps * asked_BT).sum(1) / tokens_B
-    rows = (right_B, nats_BT.sum(1) / tokens_B, steps_B, tokens_B)
-    return torch.stack([r.double() for r in rows]).cpu().numpy()
+    at_N = supervised_positions(labels_BT)
+    out = score_at(model, torch.from_numpy(ids).to(device), at_N)
+    target_N, row_N = labels_BT.flatten()[at_N], at_N // length
+    steps_N = torch.zeros_like(target_N) if out.steps is None else out.steps
+    values = (
+        (out.logits.argmax(-1) != target_N).double(),
+        F.cross_entropy(out.logits, target_N, reduction="none").double(),
+        steps_N.double(),
+        torch.ones_like(target_N, dtype=torch.float64),
+    )
+    wrong_B, nats_B, steps_B, tokens_B = (
+        torch.zeros(len(chosen), dtype=torch.float64, device=device).index_add_(0, row_N, v) for v in values
+    )
+    rows = ((wrong_B == 0).double(), nats_B / tokens_B, steps_B / tokens_B, tokens_B)
+    return torch.stack(rows).cpu().numpy()
 
 
 @dataclass(frozen=True)

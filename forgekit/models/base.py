@@ -101,3 +101,11 @@ def placed_like(full: Tensor, model: Tensor) -> Tensor:
 def supervised_positions(labels_BT: Tensor) -> Tensor:
     """Flat indices (N,) into B*T of the positions that carry a label."""
     return (labels_BT.reshape(-1) != IGNORE).nonzero().squeeze(1)
+
+
+def score_at(model: CausalLM, ids_BT: Tensor, at_N: Tensor) -> Output:
+    """Logits (N, V) and steps (N,) at flat positions of (B, T); models that can skip the rest do."""
+    if hasattr(model, "score_at"):
+        return model.score_at(ids_BT, at_N)
+    out = model(ids_BT)
+    return Output(out.logits.flatten(0, 1)[at_N], None, None if out.steps is None else out.steps.flatten()[at_N])

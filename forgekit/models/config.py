@@ -71,6 +71,19 @@ class GPTConfig(Config):
         body = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.ffn_hidden)
         return 2 * body + head + self.n_layers * 4 * self.d_model * seen
 
+    def head_flops(self) -> float:
+        """Forward FLOPs of the output head per token."""
+        return 2 * (self.vocab_size * (self.emb_rank or self.d_model) + self.d_model * self.emb_rank)
+
+    def train_flops_per_token(self, context: int, supervised: float) -> float:
+        """FLOPs of a training step per input token: forward and twice that backward.
+
+        Args:
+            context: tokens per row.
+            supervised: share of the tokens that carry a label; only those pass the head.
+        """
+        return 3 * (self.flops_per_token(context) - (1 - supervised) * self.head_flops())
+
 
 class TRMTitansConfig(GPTConfig):
     """Sliding-window attention with a neural long-term memory (Titans, gated) and a recursive refinement (TRM)."""
@@ -151,8 +164,17 @@ class TRMTitansConfig(GPTConfig):
         # Per token and head: three K x K products, one outer product, and the chunk's couplings.
         core = self.memory_heads * (8 * k * k + 8 * c * k + 2 * c * c) if self.memory == "titans" else 0
         memory = len(self.memories) * (2 * self._memory_parameters() + core)
-        step = 4 * self.d_model * self.trm_hidden * (self.micro_steps + 1) + 2 * self.d_model
-        return super().flops_per_token(context) + memory + steps * step
+        return super().flops_per_token(context) + memory + steps * self.step_flops()
+
+    def step_flops(self) -> float:
+        """Forward FLOPs of one recursion step per token, without the head."""
+        return 4 * self.d_model * self.trm_hidden * (self.micro_steps + 1) + 2 * self.d_model
+
+    def train_flops_per_token(self, context: int, supervised: float) -> float:
+        """As for the plain family; deep supervision runs recursion and head ``t_max`` times where there is a label."""
+        body = self.flops_per_token(context, steps=0) - self.head_flops()
+        each = self.step_flops() + self.head_flops() if self.t_max else 0.0
+        return 3 * (body + supervised * (max(self.t_max, 1) * each if self.t_max else self.head_flops()))
 
 
 MODEL_CONFIGS = Registry("model_config")

@@ -94,6 +94,11 @@ class GPT(nn.Module):
         h_BTD, state = self.features(input_ids_BT, state, lengths_B)
         return Output(self.embedding.unembed(h_BTD).float(), state)
 
+    def score_at(self, input_ids_BT: Tensor, at_N: Tensor) -> Output:
+        """As ``forward`` without a state, but only the flat positions ``at_N`` pay for the head; logits are (N, V)."""
+        h_BTD, _ = self.features(input_ids_BT, None, None)
+        return Output(self.embedding.unembed(h_BTD.flatten(0, 1)[at_N]).float())
+
     def training_loss(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Loss:
         """Mean next-token cross-entropy over supervised positions (``labels`` are already shifted)."""
         h_BTD, _ = self.features(input_ids_BT, None, None)

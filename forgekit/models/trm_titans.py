@@ -26,9 +26,6 @@ from forgekit.models.gpt import Block, positions
 from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows
 from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, TitansMemory
 
-GATE_BIAS = 2.0
-"""The gate starts at 0.88 attention: memory begins as noise, and half of it slows the trunk down (docs/LOG.md)."""
-
 HALT_BIAS = -3.0
 """The halting head starts far from halting: a zero bias makes most runs collapse to one step (2604.21999)."""
 
@@ -66,7 +63,7 @@ class GatedMemory(nn.Module):
         self.gate_in = linear(config.d_model, config.gate_hidden)
         self.gate_out = nn.Linear(config.gate_hidden, config.d_model)
         nn.init.zeros_(self.gate_out.weight)
-        nn.init.constant_(self.gate_out.bias, GATE_BIAS)
+        nn.init.zeros_(self.gate_out.bias)  # half and half: a memory that is hardly heard is learned late (docs/LOG.md)
 
     def forward(self, x_BTD: Tensor, attended_BTD: Tensor, state: MemoryState | None, lengths_B: Tensor | None):
         """g * attended + (1 - g) * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""
@@ -204,11 +201,21 @@ class TRMTitans(nn.Module):
         """Score every next token with adaptive halting. Arguments as :meth:`forgekit.models.gpt.GPT.forward`."""
         h_BTD, state, entropy_BT = self.features(input_ids_BT, state, lengths_B)
         aux = {} if entropy_BT is None else {"gate/entropy": entropy_BT.mean()}
+        out = self._answer(h_BTD.flatten(0, 1))
+        steps = None if out.steps is None else out.steps.view(input_ids_BT.shape)
+        return Output(out.logits.view(*input_ids_BT.shape, -1), state, steps, aux)
+
+    def score_at(self, input_ids_BT: Tensor, at_N: Tensor) -> Output:
+        """As :meth:`forgekit.models.gpt.GPT.score_at`; recursion, too, runs on those positions only."""
+        h_BTD, _, _ = self.features(input_ids_BT, None, None)
+        return self._answer(h_BTD.flatten(0, 1)[at_N])
+
+    def _answer(self, h_ND: Tensor) -> Output:
+        """Recursion (if any) and head on flat features (N, D)."""
         if self.recursion is None:
-            return Output(self.embedding.unembed(h_BTD).float(), state, None, aux)
-        flat, steps = self.recursion.infer(h_BTD.flatten(0, 1))
-        logits = self.embedding.unembed(flat.view_as(h_BTD)).float()
-        return Output(logits, state, steps.view(input_ids_BT.shape), aux)
+            return Output(self.embedding.unembed(h_ND).float())
+        refined, steps = self.recursion.infer(h_ND)
+        return Output(self.embedding.unembed(refined).float(), None, steps)
 
     def training_loss(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Loss:
         """Deeply supervised cross-entropy, halting loss and gate entropy (``labels`` are already shifted).

@@ -26,6 +26,7 @@ from forgekit.store.fsio import (
     sha256_file,
     sync_file,
     temporary_for,
+    write_atomic,
     write_synced,
 )
 from forgekit.store.names import MODEL_ID_PATTERN, SESSION_ID_PATTERN, canonical_phase, new_model_id, utc_text
@@ -33,6 +34,7 @@ from forgekit.version import __version__
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+EVIDENCE = "evidence.json"
 SPECIALIZATIONS = ("reasoning", "memory_integration", "adaptive_computation")
 REQUIRED_METADATA = ("model_id", "session_id", "phase_name", "created_at", "parameters", "size_mb")
 
@@ -175,7 +177,7 @@ class Artifact:
     @property
     def evidence(self) -> dict[str, Any] | list[Any] | None:
         """Contents of ``evidence.json``; None if the artifact has none."""
-        return self._report("evidence.json")
+        return self._report(EVIDENCE)
 
     def _report(self, name: str) -> Any:
         if name not in self.manifest.files:
@@ -218,6 +220,25 @@ def write_artifact(
     return Artifact(folder, manifest)
 
 
+def amend_evidence(folder: Path | str, evidence: dict[str, Any] | list[Any]) -> Artifact:
+    """Add ``evidence.json`` to a finished artifact: evidence can only be measured on models that exist.
+
+    The file goes first, the manifest that names it last; a kill in between leaves the artifact as it was.
+
+    Raises:
+        ArtifactError: the artifact is incomplete or changed.
+        ResourceError: disk full, or no permission.
+    """
+    artifact = Artifact.open(folder, verify=False)
+    files = {name: digest for name, digest in artifact.manifest.files.items() if name != EVIDENCE}
+    if EVIDENCE in artifact.manifest.files:
+        write_atomic(artifact.path / MANIFEST, manifest_bytes(artifact.manifest.replace(files=files)))
+    write_atomic(artifact.path / EVIDENCE, _json_bytes(evidence))
+    manifest = artifact.manifest.replace(files={**files, EVIDENCE: sha256_file(artifact.path / EVIDENCE)})
+    write_atomic(artifact.path / MANIFEST, manifest_bytes(manifest))
+    return Artifact(artifact.path, manifest)
+
+
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The contents of ``manifest.json``."""
     return _json_bytes(manifest.model_dump(mode="json"))
@@ -227,7 +248,7 @@ def _write_extras(folder: Path, extras: ArtifactExtras) -> None:
     if extras.metrics is not None:
         (folder / "metrics.json").write_bytes(_json_bytes(extras.metrics))
     if extras.evidence is not None:
-        (folder / "evidence.json").write_bytes(_json_bytes(extras.evidence))
+        (folder / EVIDENCE).write_bytes(_json_bytes(extras.evidence))
     if extras.readme is not None:
         (folder / "README.md").write_text(extras.readme, encoding="utf-8")
 

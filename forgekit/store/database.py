@@ -145,6 +145,21 @@ class ModelRegistry:
             if connection.execute(query, (*changes.values(), session_id)).rowcount == 0:
                 raise self._no_session(session_id)
 
+    def claim_session(self, session_id: str) -> None:
+        """Make this process the owner of a session that no living process is running.
+
+        Raises:
+            ArtifactError: no such session, or another process is running it; of two that ask at once one is refused.
+        """
+        with self.transaction():
+            row = self.get_session(session_id)
+            if row is None:
+                raise self._no_session(session_id)
+            if row["status"] == "running" and session_alive(row):
+                what = f"is running in process {row['pid']}"
+                raise ArtifactError(what, where=f"session {session_id}", remedy="wait, or stop it first")
+            self.update_session(session_id, status="running")
+
     def get_session(self, session_id: str) -> Row | None:
         """The session's row with ``config`` decoded; None if there is none."""
         rows = self._rows("SELECT * FROM sessions WHERE session_id = ?", session_id)

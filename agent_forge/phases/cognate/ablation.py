@@ -1,8 +1,9 @@
-"""The costly comparisons: what memory and recursion are worth when each side is trained for itself.
+"""The costly comparisons: what memory, recursion and specialisation are worth when each side is trained for itself.
 
-Recursion against plain: the plain family of the same width gets as many more steps as its cheaper tokens buy, so
-both sides spend the same training FLOPs. Memory against none: the memory specialist is trained again, from the
-same trunk data and for the same tokens, on a model that has no memory.
+- Against the plain family, and against the same family without recursion, at equal training FLOPs: the cheaper side
+  gets as many more steps as its cheaper tokens buy.
+- Memory against none: the memory specialist's data, learned from scratch by a model with and one without a memory.
+- Specialisation against more of the same: the trunk trained on for as long as the reasoning specialist was.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from agent_forge.phases.cognate.config import CognateConfig
+from agent_forge.phases.cognate.config import CognateConfig, GymMix
 from agent_forge.phases.cognate.data import CognateData, specialist_mixture, trunk_mixture
-from agent_forge.phases.cognate.evidence import chance_of, far_mix, report_set
+from agent_forge.phases.cognate.evidence import Subject, chance_of, far_mix, own_claim, report_set
 from agent_forge.pipeline.phase import Progress
 from forgekit.measure.evidence import Evidence
 from forgekit.measure.scores import score_problems, score_text
@@ -25,9 +26,15 @@ from forgekit.train.loop import Trainer
 Show = Callable[[Progress], None]
 
 
-def ablations(config: CognateConfig, shape, trunk, data: CognateData, show: Show) -> list[Evidence]:
+def ablations(config: CognateConfig, trunk, subjects: list[Subject], data: CognateData, show: Show) -> list[Evidence]:
     """Train and measure the ablations of this run; needs about twice the phase's own time."""
-    return [*recursion_against_plain(config, shape, trunk, data, show), *memory_against_none(config, shape, data, show)]
+    shape = trunk.config
+    sides = {"the plain family": plain_shape(shape)}
+    if getattr(shape, "t_max", 0):
+        sides["the same family without recursion"] = shape.replace(t_max=0)
+    found = [e for name, side in sides.items() for e in at_equal_flops(config, trunk, (name, side), data, show)]
+    found += memory_against_none(config, shape, data, show)
+    return found + specialist_against_longer_trunk(config, trunk, subjects[0], data, show)
 
 
 def plain_shape(shape) -> GPTConfig:
@@ -35,39 +42,45 @@ def plain_shape(shape) -> GPTConfig:
     return GPTConfig(**{k: v for k, v in shape.model_dump().items() if k in GPTConfig.model_fields and k != "family"})
 
 
-def recursion_against_plain(config, shape, trunk, data: CognateData, show: Show) -> list[Evidence]:
-    """The trunk against the plain family at matched training FLOPs, on the trunk's skills and on text."""
-    plain = plain_shape(shape)
-    length = config.trunk.seq_len
-    ratio = shape.flops_per_token(length) / plain.flops_per_token(length)
+def supervised_share(mixture, batches: int = 8) -> float:
+    """Share of a mixture's tokens that carry a label."""
+    drawn = [mixture.batch(i) for i in range(batches)]
+    return sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
+
+
+def at_equal_flops(config, trunk, other: tuple[str, GPTConfig], data: CognateData, show: Show) -> list[Evidence]:
+    """The trunk against another shape at equal training FLOPs, on the trunk's skills and on text."""
+    name, side = other
+    mixture, length = trunk_mixture(data, config), config.trunk.seq_len
+    share = supervised_share(mixture)
+    spent = trunk.config.train_flops_per_token(length, share)
+    ratio = spent / side.train_flops_per_token(length, share)
     train = config.trunk.replace(steps=round(config.trunk.steps * ratio))
-    model = _train(plain, train, trunk_mixture(data, config), "plain, same FLOPs", show)
-    tokens = train.steps * train.rows * length
-    common = {
-        "split": "report",
-        "seeds": (config.trunk.seed,),
-        "compute": {"train_flops": 3 * tokens * plain.flops_per_token(length), "plain_steps": train.steps},
-    }
+    model = _train(side, train, mixture, name.removeprefix("the "), show)
+    flops = config.trunk.steps * config.trunk.rows * length * spent
+    compute = {"train_flops": flops, "trunk_steps": config.trunk.steps, "other_steps": train.steps}
+    common = {"split": "report", "seeds": (config.trunk.seed,), "compute": compute}
     problems = report_set(config.trunk_mix, config.evaluation.problems)
     before, after = (score_problems(m, data.tokenizer, problems) for m in (model, trunk))
     skill = Evidence.compare(
-        claim="memory and recursion beat the plain family at matched training FLOPs (skills)",
+        claim=f"the trunk beats {name} at equal training FLOPs (skills)",
         metric="exact_match",
         before=before.right,
         after=after.right,
-        chance=chance_of(problems),
+        baseline=before.accuracy,
+        chance=chance_of(config.trunk_mix, problems),
         parent_must_beat_chance=False,
         **common,
     )
-    before, after = (
-        score_text(m, data.tokenizer, data.report_texts, length, config.evaluation.windows).per_window
-        for m in (model, trunk)
-    )
+    windows = config.evaluation.windows
+    texts = (score_text(m, data.tokenizer, data.report_texts, length, windows).per_window for m in (model, trunk))
+    before, after = texts
     text = Evidence.compare(
-        claim="memory and recursion beat the plain family at matched training FLOPs (text)",
+        claim=f"the trunk beats {name} at equal training FLOPs (text)",
         metric="bits_per_byte",
         before=before,
         after=after,
+        baseline=float(before.mean()),
         chance=None,
         higher_is_better=False,
         **common,
@@ -78,7 +91,7 @@ def recursion_against_plain(config, shape, trunk, data: CognateData, show: Show)
 def memory_against_none(config, shape, data: CognateData, show: Show) -> list[Evidence]:
     """The memory specialist's data, learned from scratch with and without a memory, tested beyond the window."""
     plan = next((s for s in config.specialists if any(m.family == "far_recall" for m in s.mix)), None)
-    if plan is None or not shape.memories:
+    if plan is None or not getattr(shape, "memories", ()):
         return []
     train = config.training_of(plan)
     train = train.replace(steps=train.steps + config.trunk.steps // 2)
@@ -88,25 +101,47 @@ def memory_against_none(config, shape, data: CognateData, show: Show) -> list[Ev
         for memory in ("none", shape.memory)
     }
     part = far_mix(config, sides[shape.memory])
-    problems = report_set((part,), config.evaluation.problems)
-    before, after = (score_problems(sides[m], data.tokenizer, problems) for m in ("none", shape.memory))
-    return [
-        Evidence.compare(
-            claim="a model trained with memory recalls beyond the window better than one trained without",
-            metric="exact_match",
-            before=before.right,
-            after=after.right,
-            chance=chance_of(problems),
-            parent_must_beat_chance=False,
-            split="report",
-            seeds=(train.seed,),
-            compute={"train_tokens": train.steps * train.rows * train.seq_len, "gap_words": part.options["gap"]},
-        )
-    ]
+    compute = {"train_tokens": train.steps * train.rows * train.seq_len, "gap_words": part.options["gap"]}
+    claim = "trained with a memory, recall beyond the window is better than trained without"
+    return [_skill(claim, (part,), (sides["none"], sides[shape.memory]), data, (config, compute))]
+
+
+def specialist_against_longer_trunk(config, trunk, subject: Subject, data: CognateData, show: Show) -> list[Evidence]:
+    """The first specialist against the trunk trained on with its own data for as many steps."""
+    train = config.training_of(subject.plan)
+    model = build_model(trunk.config)
+    model.load_state_dict(trunk.state_dict())
+    Trainer(model, trunk_mixture(data, config), train, observer=_shower("trunk trained on", show)).run()
+    claim = own_claim(subject.plan.name).replace("the trunk", "a trunk trained on for as long")
+    compute = {"train_tokens": train.steps * train.rows * train.seq_len}
+    return [_skill(claim, subject.plan.mix, (model, subject.model), data, (config, compute))]
+
+
+def _skill(claim: str, mix: tuple[GymMix, ...], sides: tuple, data: CognateData, run: tuple) -> Evidence:
+    """Exact answers of two models on a mix's report problems."""
+    config, compute = run
+    problems = report_set(mix, config.evaluation.problems)
+    before, after = (score_problems(m, data.tokenizer, problems) for m in sides)
+    return Evidence.compare(
+        claim=claim,
+        metric="exact_match",
+        before=before.right,
+        after=after.right,
+        baseline=before.accuracy,
+        chance=chance_of(mix, problems),
+        parent_must_beat_chance=False,
+        split="report",
+        seeds=(config.trunk.seed,),
+        compute=compute,
+    )
+
+
+def _shower(name: str, show: Show):
+    return lambda info: show(Progress(name, info.step, info.steps))
 
 
 def _train(shape, train: TrainConfig, mixture, name: str, show: Show):
     torch.manual_seed(train.seed)
     model = build_model(shape)
-    Trainer(model, mixture, train, observer=lambda info: show(Progress(name, info.step, info.steps))).run()
+    Trainer(model, mixture, train, observer=_shower(name, show)).run()
     return model

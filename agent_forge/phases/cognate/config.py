@@ -22,6 +22,8 @@ class GymMix(Config):
     """A gym family."""
     levels: Annotated[tuple[Annotated[int, Field(ge=1, le=10)], ...], Field(min_length=1)] = (1, 2, 3)
     """Levels, in equal parts."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often it is practised, relative to the others."""
     options: dict[str, int] = {}
     """Extra generator options of the family, such as far_recall's gap."""
 
@@ -72,6 +74,8 @@ class SpecialistPlan(Config):
     """How readily old content makes room."""
     rehearse: Share = 0.4
     """Share of rows that keep practising the trunk's data."""
+    text_labels: Share = 0.1
+    """Share of the rehearsed text's tokens that are supervised, so that text does not drown the speciality."""
     train: dict[str, Any] = {}
     """Changes to the common specialist training settings."""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
-from forgekit.config import canonical_json
 from forgekit.data import catalogue
 from forgekit.data.batches import Mixture, ProblemSource, TextSource, encode_texts
 from forgekit.data.contamination import bench_texts, ngram_index, scan
@@ -18,6 +17,10 @@ from forgekit.data.tokenizer import chat_text, train_tokenizer
 from forgekit.errors import DataError
 from forgekit.train.config import TrainConfig
 
+SHARES = {"train": 0.9, "select": 0.04, "report": 0.06}
+GRAM = 13
+"""Words in a row that count as the same text (the GPT-3 paper's contamination test)."""
+
 
 @dataclass
 class CognateData:
@@ -25,7 +28,8 @@ class CognateData:
 
     Attributes:
         tokenizer: trained on the train split of text and problems.
-        train_texts, report_texts: disjoint documents.
+        train_texts, select_texts, report_texts: disjoint documents; the held-out ones share no 13 words in a row with
+        the training texts.
         trunk_problems: the trunk's training problems.
         provenance: what was used, for the manifest; ``data_hash`` over all of it.
         notes: sentences for people.
@@ -33,6 +37,7 @@ class CognateData:
 
     tokenizer: Any
     train_texts: list[str]
+    select_texts: list[str]
     report_texts: list[str]
     trunk_problems: list[Problem]
     provenance: list[dict[str, Any]]
@@ -40,8 +45,12 @@ class CognateData:
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 over the provenance records."""
-        return hashlib.sha256(canonical_json(self.provenance).encode()).hexdigest()
+        """SHA-256 over what is really trained and reported on: texts, problems and the tokenizer."""
+        digest = hashlib.sha256()
+        for text in (*self.train_texts, "", *self.report_texts, "", *(p.prompt for p in self.trunk_problems)):
+            digest.update(text.encode() + b"\0")
+        digest.update(self.tokenizer.to_str().encode())
+        return digest.hexdigest()
 
 
 def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> CognateData:
@@ -52,7 +61,8 @@ def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> Cogn
         vocab_size: rows of the vocabulary.
         folder: a data folder, or None for what every machine has.
     """
-    train_texts, report_texts, provenance, notes = load_texts(config, folder)
+    texts, provenance, notes = load_texts(config, folder)
+    train_texts = texts["train"]
     problems = draw(config.trunk_mix, config.pool, config.trunk.seed)
     shown = [
         chat_text([{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.answer}])
@@ -67,11 +77,11 @@ def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> Cogn
         "row_count": len(problems),
         "mix": [m.model_dump() for m in config.trunk_mix],
     }
-    return CognateData(tokenizer, train_texts, report_texts, problems, [*provenance, gym], notes)
+    return CognateData(tokenizer, train_texts, texts["select"], texts["report"], problems, [*provenance, gym], notes)
 
 
 def load_texts(config: CognateConfig, folder: Path | None):
-    """(train texts, report texts, provenance, notes); documents are split by content, benchmarks kept out."""
+    """(texts by split, provenance, notes); documents are split by content, benchmarks kept out."""
     plan = config.text
     names = list(plan.names)
     if folder is not None:
@@ -88,10 +98,24 @@ def load_texts(config: CognateConfig, folder: Path | None):
     rows, report = clean(rows, QualityConfig())
     notes.append(f"quality: {report.kept} of {report.total} documents kept, dropped {report.counts or 'none'}")
     rows = _without_benchmarks(rows, folder, notes)
-    parts = catalogue.split_rows(rows, config.trunk.seed)
+    parts = {name: [r["text"] for r in part] for name, part in catalogue.split_rows(rows, 0, SHARES).items()}
+    seen = _grams(parts["train"])
+    for name in ("select", "report"):
+        fresh = [text for text in parts[name] if not seen & _grams([text])]
+        notes.append(f"{name}: {len(fresh)} of {len(parts[name])} held-out documents share nothing with training")
+        parts[name] = fresh
     if not parts["train"] or not parts["report"]:
         raise DataError("too little text is left after cleaning", where="text", remedy="raise text.bytes_each")
-    return [r["text"] for r in parts["train"]], [r["text"] for r in parts["report"]], provenance, notes
+    return parts, provenance, notes
+
+
+def _grams(texts: list[str]) -> set[int]:
+    """Hashes of every 13 words in a row (of the whole text where it is shorter)."""
+    found = set()
+    for text in texts:
+        words = text.split()
+        found.update(hash(tuple(words[i : i + GRAM])) for i in range(max(1, len(words) - GRAM + 1)))
+    return found
 
 
 def _has_split(name: str, split: str, folder: Path | None) -> bool:
@@ -112,25 +136,23 @@ def _take(rows: list[dict], limit: int) -> list[dict]:
 
 def _without_benchmarks(rows: list[dict], folder: Path | None, notes: list[str]) -> list[dict]:
     """Rows that share no 13-gram with a benchmark of the data folder."""
-    benches = bench_texts(folder) if folder is not None else {}
-    if not benches:
+    if folder is None or not any((folder / catalogue.BENCH).glob("*")):
         return rows
-    index = ngram_index(benches)
-    dirty = [i for i, row in enumerate(rows) if scan(index, [row["text"]]).hits]
-    notes.append(
-        f"contamination: {len(dirty)} of {len(rows)} documents share 13 words with a benchmark and were dropped"
-    )
-    return [row for i, row in enumerate(rows) if i not in set(dirty)]
+    index = ngram_index(bench_texts(folder))
+    kept = [row for row in rows if scan(index, [row["text"]]).clean]
+    dropped = len(rows) - len(kept)
+    notes.append(f"contamination: {dropped} of {len(rows)} documents share 13 words with a benchmark and were dropped")
+    return kept
 
 
 def draw(mix: tuple[GymMix, ...], per_level: int, seed: int, split: str = "train") -> list[Problem]:
-    """``per_level`` problems of every family and level of a mix."""
-    return [
-        problem
-        for part in mix
-        for level in part.levels
-        for problem in generate(part.family, level, per_level, seed=seed, split=split, **part.options)
-    ]
+    """``per_level`` problems (times the part's weight when training) of every family and level of a mix."""
+    problems = []
+    for part in mix:
+        count = round(per_level * part.weight) if split == "train" else per_level
+        for level in part.levels:
+            problems += generate(part.family, level, count, seed=seed, split=split, **part.options)
+    return problems
 
 
 def trunk_mixture(data: CognateData, config: CognateConfig) -> Mixture:
@@ -143,7 +165,7 @@ def trunk_mixture(data: CognateData, config: CognateConfig) -> Mixture:
 
 def specialist_mixture(data: CognateData, config: CognateConfig, plan: SpecialistPlan, train: TrainConfig) -> Mixture:
     """Batches of a specialist: its speciality, and a share of the trunk's data so that it forgets little."""
-    text = TextSource(encode_texts(data.tokenizer, data.train_texts))
+    text = TextSource(encode_texts(data.tokenizer, data.train_texts), plan.text_labels)
     gym = ProblemSource(data.tokenizer, data.trunk_problems)
     own = ProblemSource(data.tokenizer, draw(plan.mix, config.pool, plan.seed))
     old = plan.rehearse

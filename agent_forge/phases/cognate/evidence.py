@@ -17,6 +17,7 @@ import torch
 
 from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
 from agent_forge.phases.cognate.data import CognateData, draw
+from forgekit.data.batches import TextSource, encode_texts
 from forgekit.data.gym import FAMILIES, Problem
 from forgekit.measure.evidence import Evidence, Gate
 from forgekit.measure.scores import ProblemScores, majority_share, score_problems, score_text
@@ -73,14 +74,18 @@ def own_claim(name: str) -> str:
     return f"{name} beats the trunk on its speciality"
 
 
-def chance_of(problems: list[Problem]) -> float:
-    """Best accuracy without reading the question: per family and level the larger of the declared chance and
-    the most frequent answer's share, averaged."""
+def chance_of(mix: tuple[GymMix, ...], problems: list[Problem]) -> float:
+    """Best accuracy without solving: per family and level the larger of the declared chance and the share of
+    the most frequent answer, averaged over the problems."""
     groups = defaultdict(list)
     for p in problems:
         groups[p.family, p.level].append(p)
-    rates = [max(FAMILIES.get(f).chance(level), majority_share(group)) for (f, level), group in groups.items()]
-    return float(np.mean(rates))
+    options = {(part.family, level): part.options for part in mix for level in part.levels}
+    rates = [
+        max(FAMILIES.get(f).chance(level, **options[f, level]), majority_share(group))
+        for (f, level), group in groups.items()
+    ]
+    return float(np.average(rates, weights=[len(group) for group in groups.values()]))
 
 
 def by_level(problems: list[Problem], scores: ProblemScores) -> dict[str, float]:
@@ -91,9 +96,16 @@ def by_level(problems: list[Problem], scores: ProblemScores) -> dict[str, float]
     return {name: round(float(np.mean(rights)), 4) for name, rights in groups.items()}
 
 
-def report_set(mix: tuple[GymMix, ...], count: int) -> list[Problem]:
-    """``count`` report problems of every family and level of a mix."""
-    return draw(mix, count, REPORT_SEED, split="report")
+def report_set(mix: tuple[GymMix, ...], count: int, split: str = "report") -> list[Problem]:
+    """Up to ``count`` *distinct* held-out problems of every family and level of a mix.
+
+    Repeats would count one answer several times and make intervals too narrow; small families have fewer.
+    """
+    drawn = draw(mix, 3 * count, REPORT_SEED, split=split)
+    groups = defaultdict(dict)
+    for problem in drawn:
+        groups[problem.family, problem.level].setdefault(problem.prompt, problem)
+    return [problem for group in groups.values() for problem in list(group.values())[:count]]
 
 
 def _common(config: CognateConfig, **compute: float) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def _trunk_claims(config, blank, trunk, data: CognateData, tables) -> list[Evide
                 metric="exact_match",
                 before=before.right,
                 after=after.right,
-                chance=chance_of(problems),
+                chance=chance_of((part,), problems),
                 parent_must_beat_chance=False,
                 **_common(config, **cost),
             )
@@ -144,7 +156,7 @@ def _specialist_claims(config, trunk, subjects: list[Subject], data: CognateData
     found = []
     for speciality in subjects:
         problems = report_set(speciality.plan.mix, config.evaluation.problems)
-        chance, before = chance_of(problems), score_problems(trunk, data.tokenizer, problems)
+        chance, before = chance_of(speciality.plan.mix, problems), score_problems(trunk, data.tokenizer, problems)
         tables["levels"].setdefault("trunk", {}).update(by_level(problems, before))
         for subject in subjects:
             after = score_problems(subject.model, data.tokenizer, problems)
@@ -197,7 +209,7 @@ def _memory_claims(config, subjects: list[Subject], data: CognateData) -> list[E
                 metric="exact_match",
                 before=mute.right,
                 after=heard.right,
-                chance=chance_of(problems),
+                chance=chance_of((part,), problems),
                 parent_must_beat_chance=False,
                 **_common(config, gap_words=part.options["gap"], attention_reach=subject.model.config.reach),
             )
@@ -213,56 +225,55 @@ def with_threshold(model, threshold: float):
 
 
 def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, tables) -> list[Evidence]:
-    """Steps saved and accuracy kept, on each specialist's own set; histograms over answers and text."""
-    found: list[Evidence] = []
+    """Steps saved and accuracy kept on each specialist's own set, and what share of tokens took how many steps."""
     if not getattr(trunk.config, "t_max", 0):
-        return found
-    tables["act_histogram"] = {"trunk": step_histogram(trunk, data, config)}
+        return []
+    texts = report_windows(data, config)
+    skills = report_set(config.trunk_mix, config.evaluation.problems)
+    histogram = {"trunk, its skills": step_histogram(trunk, data, skills), "trunk, text": text_histogram(trunk, texts)}
+    found: list[Evidence] = []
     for subject in subjects:
-        tables["act_histogram"][subject.plan.name] = step_histogram(subject.model, data, config)
-    for subject in subjects:
+        name = subject.plan.name
         problems = report_set(subject.plan.mix, config.evaluation.problems)
         halted = score_problems(subject.model, data.tokenizer, problems)
         full = score_problems(with_threshold(subject.model, 1.0), data.tokenizer, problems)
-        claims = (
-            (
-                "steps_per_token",
-                f"{subject.plan.name} saves recursion steps by halting",
-                full.steps,
-                halted.steps,
-                None,
-            ),
-            (
-                "exact_match",
-                f"{subject.plan.name} keeps its accuracy when it halts",
-                full.right,
-                halted.right,
-                chance_of(problems),
-            ),
-        )
-        for metric, claim, before, after, chance in claims:
-            found.append(
-                Evidence.compare(
-                    claim=claim,
-                    metric=metric,
-                    before=before,
-                    after=after,
-                    chance=chance,
-                    higher_is_better=chance is not None,
-                    **_common(config, threshold=subject.model.config.act_threshold),
-                )
-            )
+        histogram[f"{name}, its speciality"] = step_histogram(subject.model, data, problems)
+        histogram[f"{name}, text"] = text_histogram(subject.model, texts)
+        common = _common(config, threshold=subject.model.config.act_threshold)
+        steps = {"metric": "steps_per_token", "before": full.steps, "after": halted.steps, "chance": None}
+        kept = {"metric": "exact_match", "before": full.right, "after": halted.right}
+        chance = chance_of(subject.plan.mix, problems)
+        saves = f"{name} saves recursion steps by halting"
+        found.append(Evidence.compare(claim=saves, **steps, higher_is_better=False, **common))
+        keeps = f"{name} keeps its accuracy when it halts"
+        found.append(Evidence.compare(claim=keeps, **kept, chance=chance, **common))
+    tables["act_histogram"] = histogram
     return found
 
 
-def step_histogram(model, data: CognateData, config: CognateConfig) -> dict[str, float]:
-    """Share of held-out text positions that took 1, 2, ... steps."""
-    from forgekit.data.batches import TextSource, encode_texts
-
-    length = config.trunk.seq_len
+def report_windows(data: CognateData, config: CognateConfig) -> torch.Tensor:
+    """(windows, seq_len) token ids of held-out text."""
     source = TextSource(encode_texts(data.tokenizer, data.report_texts))
-    ids, _ = source.rows(np.random.default_rng(REPORT_SEED), config.evaluation.windows, length)
+    ids, _ = source.rows(np.random.default_rng(REPORT_SEED), config.evaluation.windows, config.trunk.seq_len)
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def text_histogram(model, ids_BT: torch.Tensor) -> dict[str, float]:
+    """Share of text positions that took 1, 2, ... steps."""
+    device = next(model.parameters()).device
     with torch.inference_mode():
-        steps = model(torch.from_numpy(ids.astype(np.int64))).steps.flatten()
-    counts = torch.bincount(steps, minlength=model.config.t_max + 1)[1:]
-    return {str(i): round(float(n) / len(steps), 4) for i, n in enumerate(counts.tolist(), 1)}
+        chunks = ids_BT.split(max(1, 16384 // ids_BT.shape[1]))
+        steps = torch.cat([model(chunk.to(device)).steps.flatten().cpu() for chunk in chunks])
+    return _shares(steps, torch.ones(len(steps)), model.config.t_max)
+
+
+def step_histogram(model, data: CognateData, problems: list[Problem]) -> dict[str, float]:
+    """Share of problems whose answer took 1, 2, ... steps per token, rounded to whole steps."""
+    scores = score_problems(model, data.tokenizer, problems)
+    steps = torch.from_numpy(scores.steps).round().long()
+    return _shares(steps, torch.from_numpy(scores.tokens), model.config.t_max)
+
+
+def _shares(steps: torch.Tensor, weights: torch.Tensor, t_max: int) -> dict[str, float]:
+    counts = torch.bincount(steps, weights=weights.double(), minlength=t_max + 1)[1:]
+    return {str(i): round(float(n / counts.sum()), 4) for i, n in enumerate(counts, 1)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from agent_forge.phases.cognate.evidence import Subject, gate, measure
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
+from forgekit.measure.evidence import Evidence
 from forgekit.models.io import build_model, load_weights
-from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras
+from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras, amend_evidence
 from forgekit.train.config import TrainConfig
 from forgekit.train.loop import StepInfo, Trainer
 
@@ -61,8 +63,9 @@ class CognatePhase(PhaseController):
         torch.manual_seed(config.trunk.seed)
         evidence, tables = measure(config, build_model(shape), trunk.model, subjects, data)
         if config.ablate:
-            evidence += ablations(config, shape, trunk.model, data, context.show)
+            evidence += ablations(config, trunk.model, subjects, data, context.show)
         context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
+        self._keep_evidence(evidence, [trunk, *made])
         decision = gate(config, context.profile.gate).decide(evidence)
         seconds = time.perf_counter() - began
         return PhaseResult(
@@ -82,6 +85,12 @@ class CognatePhase(PhaseController):
             config=config.model_dump(mode="json"),
             evidence=evidence,
         )
+
+    def _keep_evidence(self, evidence: list[Evidence], made: list[Made]) -> None:
+        """Put into every artifact the claims of the phase that made it."""
+        records = [e.model_dump(mode="json") for e in evidence]
+        for one in made:
+            amend_evidence(self.context.storage.resolve(one.model_id), records)
 
     def _prepare(self, shape) -> CognateData:
         """Disk first, then text, problems and tokenizer."""
@@ -135,7 +144,7 @@ class CognatePhase(PhaseController):
             context.show(Progress(name, train.steps, train.steps, "already made"))
             return Made(row["model_id"], model.eval(), row["metadata"]["losses"])
         trainer = Trainer(
-            model, mixture, train, context.folder / "checkpoints" / name, context.logger, self._observer(name, number)
+            model, mixture, train, self._checkpoints(name, key), context.logger, self._observer(name, number)
         )
         report = trainer.run()
         share = report.data_seconds / max(report.seconds, 1e-9)
@@ -146,6 +155,10 @@ class CognatePhase(PhaseController):
         model_id = self._save(name, model, train, report.losses, lineage, data)
         trainer.checkpoints.clear()
         return Made(model_id, model, report.losses)
+
+    def _checkpoints(self, name: str, key: str) -> Path:
+        """Named after everything that decides the result: other data or settings never resume from these."""
+        return self.context.folder / "checkpoints" / f"{name}-{key[:12]}"
 
     def _save(self, name: str, model, train: TrainConfig, losses: list[float], lineage: dict, data: CognateData) -> str:
         final = statistics.fmean(losses[-20:])

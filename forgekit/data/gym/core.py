@@ -48,7 +48,7 @@ class Family:
         name: registered name.
         write: ``(rng, level, n, **options)`` to n pairs (prompt, answer).
         solve: prompt to :class:`Trace`; raises ``DataError`` on a prompt it cannot read.
-        chance: accuracy of the best guess that ignores the prompt's content, per level.
+        chance: accuracy of the best guess that does not solve the task, by level and generator options.
         meaning: one sentence for people.
         options: names of extra generator options.
     """
@@ -56,7 +56,7 @@ class Family:
     name: str
     write: Callable[..., list[tuple[str, str]]]
     solve: Callable[[str], Trace]
-    chance: Callable[[int], float]
+    chance: Callable[..., float]
     meaning: str
     options: tuple[str, ...] = field(default=())
 
@@ -68,7 +68,7 @@ def family(name: str, solve: Callable[[str], Trace], chance: float | Callable[[i
     """Decorator: register a generator function, its solver and its chance level as a family."""
 
     def keep(write: Callable[..., list[tuple[str, str]]]):
-        rate = chance if callable(chance) else (lambda level: chance)
+        rate = chance if callable(chance) else (lambda level, **options: chance)
         options = tuple(inspect.signature(write).parameters)[3:]
         meaning = inspect.getdoc(write).splitlines()[0]
         FAMILIES.register(name)(Family(name, write, solve, rate, meaning, options))

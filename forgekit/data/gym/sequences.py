@@ -5,6 +5,8 @@ Symbols are digits (single tokens in every tokenizer the Forge trains) and singl
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from forgekit.data.gym.core import Trace, family
@@ -89,9 +91,15 @@ def _pairs(rng: np.random.Generator, n: int, count: int) -> tuple[np.ndarray, np
     return keys, rng.integers(0, 10, size=(n, count)), rng.integers(0, count, size=n)
 
 
+@lru_cache(maxsize=64)
 def guess_shown(pairs: int) -> float:
-    """Accuracy of naming any digit that was shown: the right pair's, or another's that happens to be equal."""
-    return 1 / pairs + (1 - 1 / pairs) / 10
+    """Accuracy of the best guess that ignores the key: the digit shown most often.
+
+    The expected share of the most frequent of ``pairs`` uniform digits, by a fixed simulation (error below 0.003).
+    """
+    draws = np.random.default_rng(0).integers(0, 10, size=(20_000, pairs))
+    counts = np.stack([(draws == digit).sum(axis=1) for digit in range(10)])
+    return float(counts.max(axis=0).mean() / pairs)
 
 
 @family("recall", _solve_recall, lambda level: guess_shown(min(level + 1, 12)))
@@ -104,7 +112,7 @@ def write_recall(rng: np.random.Generator, level: int, n: int) -> list[tuple[str
     ]
 
 
-@family("far_recall", _solve_recall, lambda level: guess_shown(4))
+@family("far_recall", _solve_recall, lambda level, gap=0, pairs=0: guess_shown(pairs or 4))
 def write_far_recall(
     rng: np.random.Generator, level: int, n: int, gap: int = 0, pairs: int = 0
 ) -> list[tuple[str, str]]:
