@@ -1,5 +1,9 @@
 # Agent Forge. `make demo` makes three models and talks to one; `make test` passes the tests.
-PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done)
+# The first Python that really runs and is new enough (a version manager's stub may be on the path and not run);
+# else plain python3, which scripts/bootstrap.py then refuses in one line.
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; \
+	command -v python3)
 VENV    ?= .venv
 PROFILE ?= nano
 UNTIL   ?= cognate
