@@ -17,7 +17,7 @@ from forgekit.measure.stats import paired_bootstrap
 from forgekit.models.io import build_model
 from forgekit.train.loop import Trainer
 
-STEPS, SEEDS, WINDOWS = 160, (1, 2), 256
+STEPS, SEEDS, WINDOWS = 140, (1, 2), 256
 
 
 def matched(shape):
@@ -36,9 +36,7 @@ def main() -> None:
     sides = {
         "gpt, equal parameters": matched(shape),
         "trm_titans (nano)": shape,
-        "gpt, full attention, equal parameters": matched(shape).replace(window=0),
         "trm_titans, no recursion": shape.replace(t_max=0),
-        "trm_titans, three recursion steps": shape.replace(t_max=3),
         "trm_titans, no memory": shape.replace(memory="none"),
         "trm_titans, decay memory": shape.replace(memory="decay"),
     }

@@ -83,7 +83,8 @@ def training_speed(profile: Profile, seq_len: int) -> float:
 
     shape, length = profile.model_config_solved(), min(seq_len, 256)
     if shape.parameters() > LARGE:
-        shape = shape.replace(n_layers=SAMPLE_LAYERS, memory_layers=(1,))
+        fewer = {"n_layers": SAMPLE_LAYERS, "memory_layers": (1,)}
+        shape = shape.replace(**{name: value for name, value in fewer.items() if name in type(shape).model_fields})
     rows = max(1, SAMPLE_TOKENS // length)
     torch.set_num_threads(profile.threads or torch.get_num_threads())
     clocks: list[float] = []

@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_while_training_ends_the_run_in_one_line_and_resume
         text=True,
     )
     deadline = time.monotonic() + 200
-    while not list(path.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk/step-*")):
+    while not list(path.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk-*/step-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
     filler = path / "filler"

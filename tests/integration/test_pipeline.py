@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from agent_forge import PhaseResult, PipelineOrchestrator, load_profile
 from agent_forge.pipeline.orchestrator import find_session, phase_name, session_results
 from agent_forge.pipeline.phase import Progress
 from forgekit.errors import ArtifactError, ConfigError, GateError
+from forgekit.models.config import GPTConfig
+from forgekit.models.io import build_model
 from forgekit.store.storage import ModelStorage
 from forgekit.tracking.events import read_events
 from tests.conftest import small_profile
@@ -94,6 +99,58 @@ def test_sessions_are_found_by_their_beginning(tmp_path):
         find_session(registry, "ab")
     with pytest.raises(ArtifactError, match="no session 'x'"):
         find_session(registry, "x")
+
+
+def test_a_session_restored_from_its_models_cannot_be_resumed_and_says_so(tmp_path):
+    storage = ModelStorage(tmp_path)
+    session = storage.registry.create_session({"profile": {}}, "lost-1")
+    torch.manual_seed(0)
+    storage.save_model(
+        build_model(GPTConfig(d_model=16, ffn_hidden=16, vocab_size=16)), session, "cognate", "trunk", {}
+    )
+    storage.registry.close()
+    shutil.rmtree(tmp_path / "registry")
+    with pytest.raises(ArtifactError) as caught:
+        PipelineOrchestrator.resume("latest", tmp_path)
+    told = "was restored from its models and has no plan; its models can be used; start a new run to make others"
+    assert str(caught.value) == f"session lost-1: {told}"
+    row = ModelStorage(tmp_path).registry.get_session("lost-1")
+    assert row["status"] == "paused", "who is refused does not become the owner"
+
+
+def trained_until(forge: PipelineOrchestrator, step: int) -> list[int]:
+    """The trunk's steps that were trained before Ctrl-C was pressed at ``step`` or later."""
+    steps: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if progress.stage == "trunk":
+            steps.append(progress.done)
+            if progress.done >= step:
+                raise KeyboardInterrupt
+
+    forge.show = show
+    with pytest.raises(KeyboardInterrupt), forge:
+        forge.run_full_pipeline()
+    return steps
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_resumed_session_trains_on_from_its_checkpoint_only_on_the_same_data(tmp_path, changed):
+    stories = tmp_path / "data" / "tinystories" / "train.jsonl"
+    stories.parent.mkdir(parents=True)
+    rows = [" ".join(f"word{i * 7 % 97}x{k}" for i in range(40)) + "." for k in range(40)]
+    stories.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    profile = load_profile(str(small_profile(tmp_path / "small.toml")))
+    forge = PipelineOrchestrator(profile, tmp_path / "storage", data=tmp_path / "data")
+    assert trained_until(forge, 3) == [1, 2, 3]
+    folder = forge.folder / "phase1_cognate" / "checkpoints"
+    (before,) = folder.iterdir()
+    assert before.name.startswith("trunk-") and list(before.glob("step-*"))
+    if changed:
+        stories.write_text(stories.read_text().replace("word7x", "other7x"))
+    resumed = trained_until(PipelineOrchestrator.resume(forge.session_id, tmp_path / "storage"), 4)
+    assert resumed == ([1, 2, 3, 4] if changed else [4])
+    assert len(list(folder.iterdir())) == 1 + changed
 
 
 def test_a_folder_that_is_not_there_makes_no_session(tmp_path):

@@ -72,7 +72,7 @@ def home(paused, tmp_path) -> Path:
 
 def test_ctrl_c_pauses_with_a_checkpoint_of_the_step_it_stopped_at(forge, home):
     assert status(forge, home)["status"] == "paused"
-    steps = list(home.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk/step-*/state.json"))
+    steps = list(home.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk-*/step-*/state.json"))
     assert steps and not list(home.rglob("*.unfinished"))
 
 
@@ -107,15 +107,18 @@ def spoil(path: Path) -> None:
 
 
 def checkpoints(home: Path) -> list[Path]:
-    return sorted(p.parent for p in home.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk/step-*/state.json"))
+    return sorted(
+        p.parent for p in home.glob("storage/sessions/*/phase1_cognate/checkpoints/trunk-*/step-*/state.json")
+    )
 
 
 def test_when_no_checkpoint_can_be_read_the_resume_says_so_and_keeps_them(forge, home):
-    for path in checkpoints(home):
+    before = checkpoints(home)
+    for path in before:
         spoil(path)
     done = forge("--storage", home / "storage", "run", "--resume", "latest", "--quiet")
-    assert done.code == 4 and "no readable checkpoint" in done.error and "checkpoints/trunk" in done.error
-    assert len(checkpoints(home)) == len(checkpoints(home)) > 0
+    assert done.code == 4 and "no readable checkpoint" in done.error and "checkpoints/trunk-" in done.error
+    assert checkpoints(home) == before != []
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(forge, home):

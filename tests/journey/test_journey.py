@@ -47,7 +47,7 @@ def test_report_prints_evidence_with_exactly_the_fields_of_the_design(ask, journ
     assert tuple(Evidence.model_fields) == EVIDENCE
     assert {r["verdict"] for r in records} <= {"improved", "no-difference", "worse", "no-signal"}
     claims = " ".join(r["claim"] for r in records)
-    for word in (*SPECIALISTS, "trunk learned", "beyond the attention window", "matched training FLOPs", "halting"):
+    for word in (*SPECIALISTS, "trunk learned", "beyond the attention window", "equal training FLOPs", "halting"):
         assert word in claims, word
 
 

@@ -84,6 +84,20 @@ def test_text_is_supervised_everywhere_and_closed(tokenizer):
     assert np.array_equal(labels, inputs + 1) and {int(inputs.min()), int(inputs.max())} <= set(range(49))
 
 
+def test_a_share_of_the_text_is_supervised_and_the_text_is_the_same():
+    def rows(share: float, seed: int = 0):
+        return TextSource(np.arange(5000), share).rows(np.random.default_rng(seed), 60, 100)
+
+    (all_inputs, all_labels), (inputs, labels) = rows(1.0), rows(0.1)
+    kept = labels != IGNORE
+    assert np.array_equal(inputs, all_inputs) and np.array_equal(labels[kept], all_labels[kept])
+    assert kept.mean() == pytest.approx(0.1, abs=0.016), "four standard errors of 6,000 draws"
+    assert 0 < kept.any(axis=0).mean() and kept[:30].sum() > 200 < kept[30:].sum(), "spread over rows and places"
+    assert np.array_equal(labels, rows(0.1)[1])
+    assert not np.array_equal(kept, rows(0.1, seed=1)[1] != IGNORE)
+    assert (rows(0.0)[1] == IGNORE).all()
+
+
 def test_long_texts_are_encoded_in_pieces_without_loss(tokenizer):
     text = "the and of to " * 15_000
     assert tokenizer.decode(list(encode_texts(tokenizer, [text]))) == text

@@ -17,7 +17,7 @@ from forgekit.hub import HFTokenizer, read_hf_tokenizer
 from forgekit.infer.chat import Chat, conversation_ids
 from forgekit.infer.engine import Engine, Session
 from forgekit.infer.sampling import SamplingConfig
-from forgekit.models.base import CausalLM
+from forgekit.models.base import CausalLM, score_at
 from forgekit.models.config import GPTConfig, TRMTitansConfig
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model, parameter_count, read_model, write_model
@@ -322,6 +322,15 @@ def theirs(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(theirs):
     return read_model(theirs)
+
+
+def test_scores_of_a_wrapped_model_at_some_positions_are_those_of_a_full_pass(loaded):
+    model, at = loaded[0], torch.tensor([0, 6, 7, 13])
+    ids = torch.randint(2, V, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        part, full = score_at(model, ids, at), model(ids).logits.flatten(0, 1)
+    assert part.steps is None and part.logits.shape == (4, V)
+    torch.testing.assert_close(part.logits, full[at])
 
 
 def test_a_wrapped_model_follows_the_protocol(loaded):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import VOCAB, gpt_config, gradients, made, trm_config
 
-from forgekit.models.base import CausalLM, parameter_count, supervised_positions
+from forgekit.models.base import CausalLM, parameter_count, score_at, supervised_positions
 from forgekit.models.constants import IGNORE
 from forgekit.models.trm_titans import HALT_BIAS
 
@@ -147,6 +147,50 @@ def test_flops_grow_with_context_steps_and_parts():
     plain = gpt_config(qk_norm=False)
     matrices = sum(p.numel() for p in made(plain).parameters() if p.ndim == 2)
     assert plain.flops_per_token(1) == 2 * matrices + plain.n_layers * 4 * plain.d_model
+
+
+@pytest.mark.parametrize("config", [gpt_config(), trm_config(t_max=0), trm_config(t_max=1)], ids=["gpt", "0", "1"])
+def test_training_costs_three_forward_passes_where_every_token_is_supervised_once(config):
+    for context in (8, 64):
+        assert config.train_flops_per_token(context, 1.0) == pytest.approx(3 * config.flops_per_token(context))
+    unheard = config.train_flops_per_token(8, 0.0)
+    recursion = config.step_flops() if getattr(config, "t_max", 0) else 0
+    spared = config.head_flops() + recursion
+    assert unheard == pytest.approx(3 * (config.flops_per_token(8) - spared)), "without labels neither head nor steps"
+
+
+def test_training_cost_grows_with_steps_and_labels():
+    at = [trm_config(t_max=t).train_flops_per_token(16, 0.5) for t in range(5)]
+    assert at == sorted(set(at))
+    steps = trm_config().step_flops() + trm_config().head_flops()
+    assert [b - a for a, b in zip(at[1:], at[2:])] == pytest.approx([1.5 * steps] * 3), "every step asks the head"
+    for config in (gpt_config(), trm_config()):
+        few, half, most = (config.train_flops_per_token(16, share) for share in (0.0, 0.5, 1.0))
+        assert 0 < few < half < most and half == pytest.approx((few + most) / 2)
+    free = [trm_config(t_max=t).train_flops_per_token(16, 0.0) for t in range(3)]
+    assert free == pytest.approx([free[0]] * 3), "recursion runs on supervised tokens only"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [gpt_config(), gpt_config(window=4), trm_config(t_max=3), trm_config(t_max=0), trm_config(memory="none")],
+    ids=["gpt", "swa", "trm", "no recursion", "no memory"],
+)
+def test_scores_at_some_positions_are_those_of_a_full_pass(config, monkeypatch):
+    model, x = made(config, stir=0.2).eval(), ids(3, 9)
+    at = torch.tensor([0, 4, 8, 9, 17, 26])
+    full = model(x)
+    asked: list[int] = []
+    head = model.embedding.unembed
+    monkeypatch.setattr(model.embedding, "unembed", lambda h: asked.append(h[..., 0].numel()) or head(h))
+    part = score_at(model, x, at)
+    assert part.logits.shape == (6, VOCAB) and part.logits.dtype == torch.float32
+    torch.testing.assert_close(part.logits, full.logits.flatten(0, 1)[at], rtol=1e-5, atol=1e-5)
+    assert asked == [6], "only what is asked for pays for the head"
+    if getattr(config, "t_max", 0):
+        assert part.steps.tolist() == full.steps.flatten()[at].tolist()
+    else:
+        assert part.steps is None and full.steps is None
 
 
 # --- recursion and halting ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from agent_forge.phases.cognate import data as phase_data
 from agent_forge.phases.cognate import evidence as ev
-from agent_forge.phases.cognate.ablation import plain_shape
+from agent_forge.phases.cognate.ablation import ablations, plain_shape, supervised_share
 from agent_forge.phases.cognate.card import card
 from agent_forge.phases.cognate.config import CognateConfig, GymMix
 from agent_forge.phases.cognate.data import draw, load_texts, prepare, specialist_mixture, trunk_mixture
 from agent_forge.profile import load_profile
-from forgekit.data.gym import Problem
+from forgekit.data.gym import Problem, split_of
 from forgekit.errors import ConfigError, DataError
 from forgekit.measure.evidence import Evidence
 from forgekit.models.config import TRMTitansConfig
+from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model
 
 torch.set_num_threads(1)
@@ -101,15 +104,52 @@ def test_a_specialist_trains_as_the_others_but_for_what_it_changes():
 # Data
 
 
-def test_report_texts_are_disjoint_from_train_texts(data):
-    train, report = ({" ".join(t.casefold().split()) for t in texts} for texts in (data.train_texts, data.report_texts))
-    assert train and report and not train & report
+def test_the_texts_of_the_splits_are_disjoint(data):
+    train, select, report = (
+        {" ".join(t.casefold().split()) for t in texts}
+        for texts in (data.train_texts, data.select_texts, data.report_texts)
+    )
+    assert train and select and report and not train & report and not train & select and not select & report
 
 
-def test_report_problems_are_disjoint_from_train_problems(data):
-    asked = {p.prompt for p in data.trunk_problems}
-    report = ev.report_set(config().trunk_mix, 30)
-    assert len(report) == 60 and not asked & {p.prompt for p in report}
+def runs(texts) -> set[str]:
+    """Every thirteen words in a row."""
+    split = [text.split() for text in texts]
+    return {" ".join(words[i : i + 13]) for words in split for i in range(len(words) - 12)}
+
+
+def test_no_thirteen_words_of_a_held_out_document_stand_in_the_training_texts(tmp_path, monkeypatch):
+    """Docstrings of the one source are quoted in the other, so that the split alone would leak them."""
+    own, _, _ = load_texts(config(), None)
+    long = [text.split() for part in own.values() for text in part if len(text.split()) > 20]
+    texts = stories(tmp_path, 120)
+    shutil.rmtree(tmp_path / "bench")
+    planted = [f"{story[:-1]} {' '.join(words[2:18])} end." for story, words in zip(texts[60:], long * 9)]
+    write_stories(tmp_path, texts[:60] + planted)
+    parts, _, notes = load_texts(config(), tmp_path)
+    trained = runs(parts["train"])
+    assert len(trained) > 1000 and set(planted) & set(parts["train"])
+    for name in ("select", "report"):
+        assert parts[name] and not runs(parts[name]) & trained, name
+        (kept, total) = next((n.split()[1], n.split()[3]) for n in notes if n.startswith(f"{name}: "))
+        assert len(parts[name]) == int(kept) < int(total), "the planted ones are gone"
+    monkeypatch.setattr(phase_data, "_grams", lambda texts: set())
+    leaked, _, _ = load_texts(config(), tmp_path)
+    assert runs(leaked["report"]) & runs(leaked["train"]), "without the check they leak, or this test says nothing"
+
+
+def test_report_problems_are_distinct_and_of_no_other_split():
+    mix = (GymMix(family="copy", levels=(1,)), GymMix(family="compare", levels=(1, 2)))
+    trained = {p.prompt for seed in (1, 2, 42) for p in draw(mix, 2000, seed)}
+    sets = {split: ev.report_set(mix, 200, split) for split in ("report", "select")}
+    for split, problems in sets.items():
+        prompts = [p.prompt for p in problems]
+        assert len(prompts) == len(set(prompts)) and not trained & set(prompts), split
+        assert {split_of(prompt) for prompt in prompts} == {split}
+        assert sum(p.family == "copy" for p in problems) < 200 == sum(p.level == 2 for p in problems), "a small family"
+    assert not {p.prompt for p in sets["report"]} & {p.prompt for p in sets["select"]}
+    assert ev.report_set(mix, 200) == sets["report"]
+    assert [(p.family, p.level) for p in ev.report_set(mix, 1)] == [("copy", 1), ("compare", 1), ("compare", 2)]
 
 
 def test_the_tokenizer_fills_the_vocabulary_and_provenance_names_everything(data):
@@ -131,19 +171,33 @@ def stories(folder: Path, count: int = 60) -> list[str]:
     rng = np.random.default_rng(0)
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(600)]
     texts = [" ".join(rng.choice(words, 60)) + "." for _ in range(count)]
-    (folder / "tinystories").mkdir(parents=True)
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "tinystories" / "train.jsonl").write_text(rows, encoding="utf-8")
+    write_stories(folder, texts)
     (folder / "bench").mkdir()
     item = {"question": texts[7], "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
     (folder / "bench" / "arc_easy_test.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
     return texts
 
 
+def write_stories(folder: Path, texts: list[str]) -> None:
+    (folder / "tinystories").mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "tinystories" / "train.jsonl").write_text(rows, encoding="utf-8")
+
+
+def test_the_hash_follows_the_contents_of_the_data_folder(tmp_path):
+    texts = stories(tmp_path)
+    before = prepare(config(), 320, tmp_path)
+    assert prepare(config(), 320, tmp_path).data_hash == before.data_hash
+    changed = before.train_texts.index(next(t for t in before.train_texts if t in texts))
+    words = before.train_texts[changed].split()
+    write_stories(tmp_path, [" ".join([words[1], words[0], *words[2:]]) if t.split() == words else t for t in texts])
+    assert prepare(config(), 320, tmp_path).data_hash != before.data_hash
+
+
 def test_documents_that_hold_benchmark_items_are_dropped(tmp_path):
     texts = stories(tmp_path)
-    train, report, provenance, notes = load_texts(config(), tmp_path)
-    used = set(train) | set(report)
+    parts, provenance, notes = load_texts(config(), tmp_path)
+    used = {text for part in parts.values() for text in part}
     assert texts[7] not in used and len(used & set(texts)) >= 50
     assert [p["name"] for p in provenance] == ["python_prose", "tinystories"]
     assert any(note.startswith("contamination: 1 of ") for note in notes)
@@ -152,8 +206,10 @@ def test_documents_that_hold_benchmark_items_are_dropped(tmp_path):
 def test_a_data_folder_need_not_hold_benchmarks(tmp_path):
     texts = stories(tmp_path)
     shutil.rmtree(tmp_path / "bench")
-    train, report, _, notes = load_texts(config(), tmp_path)
-    assert texts[7] in {*train, *report} and not any(note.startswith("contamination") for note in notes)
+    parts, _, notes = load_texts(config(), tmp_path)
+    assert list(parts) == ["train", "select", "report"]
+    assert texts[7] in {text for part in parts.values() for text in part}
+    assert not any(note.startswith("contamination") for note in notes)
 
 
 def test_too_little_text_is_told():
@@ -174,6 +230,25 @@ def test_batches_are_a_pure_function_of_settings_and_step(data):
 def test_draw_takes_as_many_of_every_family_and_level():
     problems = draw((GymMix(family="copy", levels=(1, 2)), GymMix(family="sort", levels=(3,))), 5, seed=1)
     assert [(p.family, p.level) for p in problems] == [("copy", 1)] * 5 + [("copy", 2)] * 5 + [("sort", 3)] * 5
+
+
+def test_weights_count_when_training_and_not_when_measuring():
+    mix = (GymMix(family="copy", weight=2.5), GymMix(family="sort", levels=(3,), weight=0.5))
+    for split, expected in (("train", (75, 5)), ("report", (30, 10)), ("select", (30, 10))):
+        found = [p.family for p in draw(mix, 10, seed=1, split=split)]
+        assert (found.count("copy"), found.count("sort")) == expected, split
+    with pytest.raises(ConfigError, match="trunk_mix.0.weight: value 0 refused"):
+        config(trunk_mix=[{"family": "copy", "weight": 0}])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_rehearsed_text_is_supervised_and_the_trunks_whole(data, share):
+    settings = config(specialists=[{**SPECIALIST, "rehearse": 1.0, "text_labels": share}])
+    settings = settings.replace(text=settings.text.replace(share=1.0))
+    plan = settings.specialists[0]
+    train = settings.training_of(plan).replace(rows=40)
+    assert supervised_share(specialist_mixture(data, settings, plan, train)) == pytest.approx(share, abs=0.02)
+    assert (trunk_mixture(data, settings).batch(0).labels != IGNORE).all()
 
 
 # Evidence
@@ -205,11 +280,24 @@ def test_a_threshold_of_one_takes_every_step(model):
 
 def test_chance_is_the_larger_of_the_declared_and_the_majority():
     compare = [Problem("compare", 1, f"compare {i}", "<") for i in range(3)] + [Problem("compare", 1, "compare x", ">")]
-    assert ev.chance_of(compare) == pytest.approx(0.75)
-    spread = [Problem("copy", 1, f"copy {i}", str(i)) for i in range(100)]
-    assert ev.chance_of(spread) < 0.2
-    both = ev.chance_of(compare + spread)
-    assert both == pytest.approx((ev.chance_of(compare) + ev.chance_of(spread)) / 2), "families count alike"
+    mix = (GymMix(family="compare"), GymMix(family="copy"))
+    assert ev.chance_of(mix, compare) == pytest.approx(0.75)
+    even = [Problem("compare", 1, f"compare {i}", str(i)) for i in range(4)]
+    assert ev.chance_of(mix, even) == pytest.approx(0.5), "the declared one"
+    spread = [Problem("copy", 1, f"copy {i}", str(i)) for i in range(96)]
+    assert ev.chance_of(mix, spread) == pytest.approx(1 / 96)
+    assert ev.chance_of(mix, compare + spread) == pytest.approx((4 * 0.75 + 96 / 96) / 100), "problems count alike"
+
+
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_chance_knows_the_options_of_its_mix_and_nobody_beats_it_without_the_key(pairs):
+    mix = (GymMix(family="far_recall", levels=(1, 2), options={"pairs": pairs}),)
+    problems = ev.report_set(mix, 1000)
+    chance = ev.chance_of(mix, problems)
+    assert chance == pytest.approx({2: 0.55, 4: 0.3825}[pairs], abs=0.004)
+    shown = [Counter(c for c in p.prompt if c.isdigit()).most_common(1)[0][0] for p in problems]
+    blind = np.mean([digit == p.answer for digit, p in zip(shown, problems)])
+    assert blind <= chance + 4 * (chance * (1 - chance) / len(problems)) ** 0.5
 
 
 def test_accuracy_by_level():
@@ -266,6 +354,9 @@ def test_measure_claims_what_the_phase_promises(data, model):
     assert {e.verdict for e in same} <= {"no-difference", "no-signal"}
     assert all(e.split == "report" for e in found)
     assert set(tables["levels"]) == {"trunk", "reasoning", "memory_integration"}
+    trunk = ["trunk, its skills", "trunk, text"]
+    others = [f"{name}, {what}" for name in ("reasoning", "memory_integration") for what in ("its speciality", "text")]
+    assert list(tables["act_histogram"]) == trunk + others
     for shares in tables["act_histogram"].values():
         assert list(shares) == ["1", "2", "3"] and sum(shares.values()) == pytest.approx(1, abs=1e-3)
 
@@ -276,6 +367,34 @@ def test_the_plain_family_of_the_ablation_has_the_same_shape():
     assert plain.family == "gpt"
     for field in ("d_model", "n_layers", "n_heads", "ffn_hidden", "vocab_size", "window", "max_seq_len"):
         assert getattr(plain, field) == getattr(shape, field), field
+
+
+def test_the_ablations_compare_at_equal_flops_and_each_side_is_trained(data, model):
+    far = {**FAR, "train": {"seq_len": 96}}
+    trunk = {"steps": 12, "rows": 6, "seq_len": 32, "seed": 42}
+    settings = config(trunk=trunk, specialists=[SPECIALIST, far])
+    subjects = [ev.Subject(plan, model, plan.name) for plan in settings.specialists]
+    shown = []
+    found = ablations(settings, model, subjects, data, shown.append)
+    sides = ("the plain family", "the same family without recursion")
+    equal = [
+        f"the trunk beats {side} at equal training FLOPs ({what})" for side in sides for what in ("skills", "text")
+    ]
+    memory = "trained with a memory, recall beyond the window is better than trained without"
+    longer = "reasoning beats a trunk trained on for as long on its speciality"
+    assert [e.claim for e in found] == [*equal, memory, longer] and all(e.split == "report" for e in found)
+    share = supervised_share(trunk_mixture(data, settings))
+    shapes = (plain_shape(model.config), model.config.replace(t_max=0))
+    for shape, (skill, text) in zip(shapes, (found[:2], found[2:4])):
+        step = 6 * 32 * shape.train_flops_per_token(32, share)
+        spent = 12 * 6 * 32 * model.config.train_flops_per_token(32, share)
+        assert skill.compute == text.compute and skill.compute["train_flops"] == pytest.approx(spent)
+        assert skill.compute["other_steps"] > 12 and abs(skill.compute["other_steps"] * step - spent) <= step / 2
+    ends = {p.stage: p.done for p in shown}
+    more = [e.compute["other_steps"] for e in (found[0], found[2])]
+    names = ("plain family", "same family without recursion", "memory none", "memory titans", "trunk trained on")
+    assert ends == dict(zip(names, (*more, 8, 8, 2)))
+    assert found[4].compute["gap_words"] > model.config.reach
 
 
 # The card

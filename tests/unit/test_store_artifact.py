@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from forgekit.errors import ArtifactError, ConfigError, ResourceError
-from forgekit.store.artifact import SCHEMA_VERSION, Artifact, ArtifactExtras, Manifest, write_artifact
+from forgekit.store.artifact import SCHEMA_VERSION, Artifact, ArtifactExtras, Manifest, amend_evidence, write_artifact
 from forgekit.store.fsio import (
     disk_errors,
     free_bytes,
@@ -204,6 +204,68 @@ def test_killed_at_any_event_write_atomic_keeps_old_or_new(tmp_path):
         sweep_unfinished(tmp_path)
         assert list(tmp_path.iterdir()) == [path]
     assert seen == {b"old", b"new and longer"}
+
+
+# Evidence that comes later
+
+OLD, NEW = [{"claim": "old", "after": 0.25}], [{"claim": "new and longer", "after": 0.5}, {"claim": "x", "after": 1.0}]
+
+
+def test_evidence_added_later_belongs_to_the_artifact(tmp_path):
+    made = write(tmp_path / "a", seeds=[42])
+    for evidence in (OLD, NEW, NEW):
+        amended = amend_evidence(tmp_path / "a", evidence)
+        found = Artifact.open(tmp_path / "a")
+        assert found == amended and found.evidence == evidence
+        assert set(found.manifest.files) == {*made.manifest.files, "evidence.json"}
+        assert found.manifest.replace(files={}) == made.manifest.replace(files={})
+    (tmp_path / "a" / "evidence.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"evidence\.json: file is truncated or changed"):
+        Artifact.open(tmp_path / "a")
+
+
+def test_evidence_is_not_added_to_what_is_unfinished(tmp_path):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="unfinished"):
+        amend_evidence(tmp_path / "a", NEW)
+    assert not (tmp_path / "a" / "evidence.json").exists()
+
+
+@pytest.mark.parametrize(("first", "writes"), [(None, 2), (OLD, 3)])
+def test_an_artifact_whose_evidence_could_not_be_written_still_opens(tmp_path, monkeypatch, first, writes):
+    real = os.replace
+    for allowed in range(writes):
+        folder = tmp_path / str(allowed)
+        write_artifact(folder, fill, Manifest(**FIELDS), ArtifactExtras(evidence=first))
+        left = [allowed]
+
+        def replace(source, target, left=left):
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(ResourceError, match="disk is full"):
+            amend_evidence(folder, NEW)
+        monkeypatch.setattr(os, "replace", real)
+        assert Artifact.open(folder).evidence == (first if allowed == 0 else None)
+        assert amend_evidence(folder, NEW) == Artifact.open(folder) and Artifact.open(folder).evidence == NEW
+
+
+@needs_fork
+def test_killed_at_any_event_an_amended_artifact_opens(tmp_path):
+    seen, step, ended = set(), 0, False
+    while not ended:
+        step += 1
+        folder = tmp_path / str(step)
+        write_artifact(folder, fill, Manifest(**FIELDS), ArtifactExtras(evidence=OLD))
+        ended = kill_at(step, lambda folder=folder: amend_evidence(folder, NEW))
+        evidence = Artifact.open(folder).evidence
+        assert evidence in (OLD, None, NEW)
+        seen.add(json.dumps(evidence))
+    assert seen == {json.dumps(OLD), "null", json.dumps(NEW)}
 
 
 def test_sweep_spares_the_living(tmp_path):

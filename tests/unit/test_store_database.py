@@ -362,6 +362,71 @@ def test_resuming_makes_the_caller_the_owner(registry):
     assert session_alive(registry.get_session("dead"))
 
 
+class Hesitant(ModelRegistry):
+    """Lets time pass between looking at a session and changing it: whoever does not lock first loses here."""
+
+    def get_session(self, session_id):
+        row = super().get_session(session_id)
+        time.sleep(0.2)
+        return row
+
+
+def claim(registry, gate, session: str) -> str:
+    gate.wait(30)
+    try:
+        registry.claim_session(session)
+        return "mine"
+    except ArtifactError as error:
+        return str(error)
+
+
+def claim_elsewhere(path: str, gate, results) -> None:
+    with Hesitant(path) as registry:
+        results.put((os.getpid(), claim(registry, gate, "s")))
+        gate.wait(30)  # the owner stays alive until everyone was answered
+
+
+def test_of_processes_that_claim_a_session_at_once_one_gets_it(registry):
+    registry.update_session("s", status="paused")
+    context = multiprocessing.get_context("spawn")
+    gate, results = context.Barrier(3), context.Queue()
+    workers = [context.Process(target=claim_elsewhere, args=(str(registry.db_path), gate, results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    answers = dict(results.get(timeout=30) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+    (owner,) = [pid for pid, answer in answers.items() if answer == "mine"]
+    told = f"session s: is running in process {owner}; wait, or stop it first"
+    assert sorted(answers.values()) == sorted(["mine", told, told])
+    assert registry.get_session("s")["pid"] == owner and not session_alive(registry.get_session("s"))
+
+
+def test_of_threads_that_claim_a_session_at_once_one_gets_it(registry):
+    registry.update_session("s", status="paused")
+    gate, answers = threading.Barrier(3), []
+    with Hesitant(registry.db_path) as other:
+        threads = [threading.Thread(target=lambda: answers.append(claim(other, gate, "s"))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(answer == "mine" for answer in answers) == [False, False, True]
+
+
+@pytest.mark.parametrize("status", ["running", "paused", "failed", "completed"])
+def test_a_session_whose_owner_is_gone_can_be_claimed(registry, status):
+    registry.update_session("s", status=status)
+    registry.conn.execute("UPDATE sessions SET pid_started = 1")
+    registry.claim_session("s")
+    row = registry.get_session("s")
+    assert row["status"] == "running" and row["pid"] == os.getpid() and session_alive(row) and row["end_time"] is None
+    with pytest.raises(ArtifactError, match="is running in process"):
+        registry.claim_session("s")
+    with pytest.raises(ArtifactError, match="no session 'nothing'"):
+        registry.claim_session("nothing")
+
+
 def test_current_session_is_the_newest_alive_else_the_newest(registry):
     registry.create_session({}, "t")
     registry.create_session({}, "u")
