@@ -55,6 +55,7 @@ class PipelineOrchestrator:
         self.storage = ModelStorage(storage)
         self.show = show
         plan = {"profile": self.profile.model_dump(mode="json"), "data": str(self.data) if self.data else None}
+        self._resumed = session_id is not None
         self.session_id = self.storage.registry.create_session(plan, session_id) if not session_id else session_id
         self.folder = fsio.make_folder(self.storage.session_path(self.session_id))
         self.logger = PipelineLogger(self.folder, self.session_id, ("jsonl", *sinks))
@@ -64,8 +65,10 @@ class PipelineOrchestrator:
     def resume(cls, session_id: str, storage: Path | str = "./storage", **options: Any) -> PipelineOrchestrator:
         """Go on with an interrupted session, with the plan it was started with.
 
+        Entering it claims the session, which is refused while another living process runs it.
+
         Raises:
-            ArtifactError: no such session, or it is running in another process.
+            ArtifactError: no such session, or one without a plan.
         """
         store = ModelStorage(storage)
         store.reindex()  # a model that was finished but not yet registered when its process was killed
@@ -78,7 +81,6 @@ class PipelineOrchestrator:
                 where=f"session {row['session_id']}",
                 remedy="its models can be used; start a new run to make others",
             )
-        registry.claim_session(row["session_id"])
         return cls(
             Profile.build(plan["profile"], f"session {row['session_id']}"),
             storage,
@@ -91,7 +93,8 @@ class PipelineOrchestrator:
         import torch
 
         torch.set_num_threads(self.profile.threads or torch.get_num_threads())
-        self.storage.registry.update_session(self.session_id, status="running")
+        if self._resumed:
+            self.storage.registry.claim_session(self.session_id)
         self.logger.event("session_started", profile=self.profile.name, environment=environment())
         self._monitor.start_monitoring()
         return self
