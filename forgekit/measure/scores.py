@@ -121,7 +121,12 @@ class TextScores:
         return float(self.bits.sum() / self.bytes.sum())
 
 
-def score_text(model, tokenizer, texts: Iterable[str], length: int, windows: int, rows: int = 16) -> TextScores:
+def rows_at_once(model, length: int) -> int:
+    """Rows of ``length`` tokens whose logits stay below 128 MB: a large vocabulary must not exhaust a small GPU."""
+    return max(1, 2**25 // (length * model.config.vocab_size))
+
+
+def score_text(model, tokenizer, texts: Iterable[str], length: int, windows: int) -> TextScores:
     """Score up to ``windows`` windows of ``length`` tokens, evenly spread over the texts; each starts fresh.
 
     Raises:
@@ -137,7 +142,7 @@ def score_text(model, tokenizer, texts: Iterable[str], length: int, windows: int
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for chunk in np.array_split(starts, math.ceil(count / rows)):
+        for chunk in np.array_split(starts, math.ceil(count / rows_at_once(model, length))):
             window = tokens[chunk[:, None] + np.arange(length + 1)].astype(np.int64)
             ids, labels = torch.from_numpy(window[:, :-1]).to(device), torch.from_numpy(window[:, 1:]).to(device)
             nats = F.cross_entropy(model(ids).logits.transpose(1, 2).float(), labels, reduction="none")

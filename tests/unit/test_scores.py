@@ -16,7 +16,7 @@ from forgekit.data.tokenizer import chat_text, question, train_tokenizer
 from forgekit.errors import DataError
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
-from forgekit.measure.scores import byte_lengths, majority_share, score_problems, score_text
+from forgekit.measure.scores import byte_lengths, majority_share, rows_at_once, score_problems, score_text
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.io import build_model
 
@@ -50,6 +50,7 @@ class Uniform(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(vocab_size=VOCAB)
 
     def forward(self, ids):
         return SimpleNamespace(logits=torch.zeros(*ids.shape, VOCAB), steps=None)
@@ -91,10 +92,15 @@ def test_scores_do_not_depend_on_the_batching_and_leave_the_mode(model, tokenize
     assert 1 <= many.mean_steps <= 2
 
 
+@pytest.mark.parametrize("vocabulary, length, rows", [(1024, 96, 341), (32768, 2048, 1), (32768, 16, 64)])
+def test_logits_of_a_large_vocabulary_are_made_few_rows_at_a_time(vocabulary, length, rows):
+    assert rows_at_once(SimpleNamespace(config=SimpleNamespace(vocab_size=vocabulary)), length) == rows
+
+
 def test_a_uniform_model_pays_log_v_per_token(tokenizer):
     text = "the lazy dog, the quick été fox: " * 30
     tokens = encode_texts(tokenizer, [text])
-    scores = score_text(Uniform(), tokenizer, [text], length=16, windows=4, rows=3)
+    scores = score_text(Uniform(), tokenizer, [text], length=16, windows=4)
     assert scores.bits.tolist() == pytest.approx([16 * math.log2(VOCAB)] * 4)
     starts = np.linspace(0, len(tokens) - 17, 4).astype(int)
     sizes = byte_lengths(tokenizer)

@@ -20,7 +20,7 @@ from agent_forge.phases.cognate.data import CognateData, draw
 from forgekit.data.batches import TextSource, encode_texts
 from forgekit.data.gym import FAMILIES, Problem
 from forgekit.measure.evidence import Evidence, Gate
-from forgekit.measure.scores import ProblemScores, majority_share, score_problems, score_text
+from forgekit.measure.scores import ProblemScores, majority_share, rows_at_once, score_problems, score_text
 from forgekit.models.io import build_model
 
 REPORT_SEED = 20_000
@@ -262,7 +262,7 @@ def text_histogram(model, ids_BT: torch.Tensor) -> dict[str, float]:
     """Share of text positions that took 1, 2, ... steps."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        chunks = ids_BT.split(max(1, 16384 // ids_BT.shape[1]))
+        chunks = ids_BT.split(rows_at_once(model, ids_BT.shape[1]))
         steps = torch.cat([model(chunk.to(device)).steps.flatten().cpu() for chunk in chunks])
     return _shares(steps, torch.ones(len(steps)), model.config.t_max)
 
