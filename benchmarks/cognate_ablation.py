@@ -1,61 +1,72 @@
-"""Phase 1 at nano with its ablations trained, and the numbers it has to reach."""
+"""What memory, recursion and specialisation are worth at nano, when each side is trained for itself.
+
+    python -m benchmarks.cognate_ablation [STORAGE]
+
+Takes the newest session of the storage folder whose phase 1 was made with nano's settings, or makes one first.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import sys
+import time
 
-from agent_forge.pipeline.orchestrator import PipelineOrchestrator
+import torch
+
+from agent_forge.phases.cognate.ablation import ablations
+from agent_forge.phases.cognate.data import prepare
+from agent_forge.phases.cognate.evidence import Subject
+from agent_forge.pipeline.orchestrator import PipelineOrchestrator, session_results
 from agent_forge.profile import load_profile
 from benchmarks.common import publish, tell
+from forgekit.models.io import read_model
+from forgekit.store.storage import ModelStorage
+
+
+def finished_session(storage: ModelStorage, profile) -> dict | None:
+    """The newest finished phase 1 made with these settings, or None."""
+    wanted = profile.phase("cognate").fingerprint()
+    rows = sorted(storage.registry.get_all_sessions(), key=lambda r: r["start_time"], reverse=True)
+    results = (session_results(storage, row["session_id"]).get("cognate") for row in rows)
+    return next((r for r in results if r is not None and r["key"]["config"] == wanted), None)
 
 
 def main() -> None:
-    """Measure and publish every claim of the phase."""
+    """Measure and publish."""
+    folder = next((a for a in sys.argv[1:] if a != "cognate_ablation"), "storage")
     profile = load_profile("nano")
-    phases = {"cognate": {**profile.phases["cognate"], "ablate": True}}
-    shown = set()
+    storage, config = ModelStorage(folder), profile.phase("cognate")
+    if finished_session(storage, profile) is None:
+        tell("no finished session: making one")
+        with PipelineOrchestrator(profile, folder) as forge:
+            forge.run_single_phase("cognate")
+    made = finished_session(storage, profile)["artifacts"]
+    torch.set_num_threads(profile.threads or torch.get_num_threads())
+    trunk, _ = read_model(storage.resolve(made["trunk"]))
+    subjects = [
+        Subject(plan, read_model(storage.resolve(i))[0], i) for plan, i in zip(config.specialists, made["all_models"])
+    ]
+    data = prepare(config, trunk.config.vocab_size, None)
+    shown: set[str] = set()
 
     def show(progress) -> None:
         if progress.stage not in shown:
             shown.add(progress.stage)
             tell(progress.stage)
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        PipelineOrchestrator(profile.replace(phases=phases), folder, show=show) as forge,
-    ):
-        result = forge.run_single_phase("cognate")
-    levels = result.metrics["levels"]
-    skills = ("copy", "sort", "reverse", "recall")
-    weakest = min((levels["trunk"][f"{skill}/{level}"], f"{skill}/{level}") for skill in skills for level in (1, 2, 3))
-    far = next(e for e in result.evidence if e.claim.endswith("with its memory"))
-    rows = [
-        [
-            e.claim,
-            e.metric,
-            e.before,
-            e.after,
-            f"{e.ci95[0]:+.3f} to {e.ci95[1]:+.3f}",
-            "-" if e.chance is None else f"{e.chance:.2f}",
-            e.n,
-            e.verdict,
-        ]
-        for e in result.evidence
-    ]
+    clock = time.perf_counter()
+    found = ablations(config, trunk, subjects, data, show)
+    rows = []
+    for e in found:
+        interval = f"{e.ci95[0]:+.3f} to {e.ci95[1]:+.3f}"
+        chance = "-" if e.chance is None else f"{e.chance:.2f}"
+        rows.append([e.claim, e.metric, e.before, e.after, interval, chance, e.n, e.verdict])
     notes = [
-        f"histogram of recursion steps on held-out text: `{result.metrics['act_histogram']}`",
-        f"trunk on copy, sort, reverse and recall, levels 1-3: weakest {weakest[1]} at {weakest[0]:.3f} (target 0.95)",
-        f"recall beyond the window: {far.after:.3f} with the memory (target 0.90), {far.before:.3f} without, "
-        f"guessing {far.chance:.3f}",
-        f"whole phase with ablations: {result.duration_seconds:.0f} s",
+        f"`{key}`: " + ", ".join(f"{k} {v:,.0f}" for k, v in e.compute.items())
+        for key, e in ((e.claim, e) for e in found)
     ]
-    publish(
-        "cognate_ablation",
-        "Phase 1 at nano, with ablations",
-        ["claim", "metric", "before", "after", "95 % of change", "chance", "n", "verdict"],
-        rows,
-        notes,
-    )
+    notes.append(f"Report split, one seed, {time.perf_counter() - clock:.0f} s of training and scoring after phase 1.")
+    columns = ["claim", "metric", "other side", "ours", "95 % of difference", "chance", "n", "verdict"]
+    publish("cognate_ablation", "Phase 1 at nano against its ablations", columns, rows, notes)
 
 
 if __name__ == "__main__":
