@@ -28,8 +28,15 @@ def marks(home: Path) -> int:
 
 
 def start(home: Path, *words: object) -> subprocess.Popen:
+    # A shell's background jobs ignore Ctrl-C and hand that on; the process under test must hear it.
     return subprocess.Popen(
-        [*CLI, *map(str, words)], cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*CLI, *map(str, words)],
+        cwd=home,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
