@@ -22,7 +22,7 @@ def chat(
     context: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(help="[MODEL] [TEXT]: a model (id, its beginning, folder; default: the newest) and a question."),
+        typer.Argument(help="[MODEL] [TEXT]: a model (name, id, folder; default: the newest) and a question."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,

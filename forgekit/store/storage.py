@@ -107,7 +107,8 @@ class ModelStorage:
         return model, artifact.manifest.flat()
 
     def resolve(self, ref: Path | str) -> Path:
-        """The folder that ``ref`` means: an artifact folder, a model id, the beginning of one, or ``latest``.
+        """The folder that ``ref`` means: an artifact folder, a model id, the beginning of one, the newest model of a
+        name, or ``latest``.
 
         Raises:
             ArtifactError: nothing, or more than one model, is meant; the nearest ids are given.
@@ -131,6 +132,9 @@ class ModelStorage:
             raise ArtifactError(what, remedy="give more of the id")
         if name and path.is_dir():
             return path
+        named = [row for row in self.registry.search_models(name=name) if row["model_name"] == name] if name else []
+        if named:
+            return Path(named[0]["model_path"])
         raise self.registry.no_model(name)
 
     def reindex(self) -> list[str]:

@@ -305,6 +305,7 @@ def test_resolve(storage, tmp_path):
     put(storage, "s", "one", created_at="2026-01-01T01", model_id="cognate_one_20260101_000000")
     folder = storage.session_path("s") / "phase1_cognate"
     assert storage.resolve("latest") == storage.resolve("cognate_tw") == folder / "two"
+    assert storage.resolve("two") == folder / "two", "a name means the newest model that has it"
     assert storage.resolve("cognate_one_20260101_000000") == folder / "one"
     assert storage.resolve("cognate_one_20260101_000000_2") == folder / "one_2"
     assert storage.resolve(folder / "two") == folder / "two"
