@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from agent_forge.phases.cognate.ablation import ablations
+from agent_forge.phases.cognate.ablation import Bench, ablations
 from agent_forge.phases.cognate.data import prepare
 from agent_forge.phases.cognate.evidence import Subject
 from agent_forge.pipeline.orchestrator import PipelineOrchestrator, session_results
@@ -54,7 +54,7 @@ def main() -> None:
             tell(progress.stage)
 
     clock = time.perf_counter()
-    found = ablations(config, trunk, subjects, data, show)
+    found = ablations(Bench(config, data, trunk, subjects, show))
     rows = []
     for e in found:
         interval = f"{e.ci95[0]:+.3f} to {e.ci95[1]:+.3f}"

@@ -26,24 +26,38 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this phase.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this session (`latest` works).")] = None,
     data: Annotated[str | None, typer.Option(envvar="AGENT_FORGE_DATA", help="Folder with real data sets.")] = None,
+    sink: Annotated[list[str] | None, typer.Option(help="Also send metrics to `wandb` or `mlflow`.")] = None,
     yes: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make models: run the pipeline, or one phase of it."""
+    from agent_forge.cli.processes import together
+
+    wanted = {"profile": profile, "phase": phase, "until": until, "resume": resume, "data": data}
+    wanted["sinks"] = tuple(sink or ())
+    with together() as leads:
+        _run(context.obj["storage"], wanted, show=leads and not (yes or as_json), tell=leads, as_json=as_json)
+
+
+def _run(storage: str, wanted: dict, *, show: bool, tell: bool, as_json: bool) -> None:
+    """The run itself; ``tell`` is off in all processes but the first."""
     from agent_forge.cli.progress import Bars
     from agent_forge.cli.show import show_results
     from agent_forge.pipeline.orchestrator import PipelineOrchestrator
     from agent_forge.profile import load_profile
 
-    with Bars(enabled=not (yes or as_json)) as bars:
-        if resume:
-            forge = PipelineOrchestrator.resume(resume, context.obj["storage"], show=bars.show)
+    phase, until = wanted["phase"], wanted["until"]
+    with Bars(enabled=show) as bars:
+        if wanted["resume"]:
+            forge = PipelineOrchestrator.resume(wanted["resume"], storage, show=bars.show, sinks=wanted["sinks"])
             _check_phases(forge.profile, phase, until)
         else:
-            settings = load_profile(profile)
+            settings = load_profile(wanted["profile"])
             _check_phases(settings, phase, until)
-            forge = PipelineOrchestrator(settings, context.obj["storage"], data=data, show=bars.show)
-        say(f"session [bold]{forge.session_id}[/]  profile {forge.profile.name}")
+            options = {"data": wanted["data"], "show": bars.show, "sinks": wanted["sinks"]}
+            forge = PipelineOrchestrator(settings, storage, **options)
+        if tell:
+            say(f"session [bold]{forge.session_id}[/]  profile {forge.profile.name}")
         try:
             with forge:
                 if phase:
@@ -52,8 +66,11 @@ def run(
                 else:
                     results = forge.run_full_pipeline(until)
         except KeyboardInterrupt:
-            say(f"paused; go on with: agent-forge run --resume {forge.session_id[:8]}", "yellow")
+            if tell:
+                say(f"paused; go on with: agent-forge run --resume {forge.session_id[:8]}", "yellow")
             raise
+    if not tell:
+        return
     if as_json:
         print_json({"session_id": forge.session_id, "results": {n: r.record() for n, r in results.items()}})
     else:

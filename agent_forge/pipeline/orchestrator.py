@@ -6,6 +6,7 @@ A session is a plan (profile, until, data folder) in the registry and a folder o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,10 +26,14 @@ from forgekit.store.names import PHASES as ORDER
 from forgekit.store.names import canonical_phase, phase_folder
 from forgekit.store.storage import ModelStorage
 from forgekit.tracking.loggers import PipelineLogger
+from forgekit.train.distributed import agreed, threads_here, world
 
 
 class PipelineOrchestrator:
     """One session; use it as a context manager.
+
+    Under ``torchrun`` every process makes one: the first owns the session, writes and measures; the others train
+    along, and their folder has to be the same one.
 
     Args:
         profile: a profile, its name, or a file.
@@ -54,11 +59,12 @@ class PipelineOrchestrator:
             raise ConfigError(f"no folder {self.data}", where="--data", remedy="give a folder with data sets")
         self.storage = ModelStorage(storage)
         self.show = show
-        plan = {"profile": self.profile.model_dump(mode="json"), "data": str(self.data) if self.data else None}
-        self._resumed = session_id is not None
-        self.session_id = self.storage.registry.create_session(plan, session_id) if not session_id else session_id
+        self.plan = {"profile": self.profile.model_dump(mode="json"), "data": str(self.data) if self.data else None}
+        self._leads, self._resumed = world()[0] == 0, session_id is not None
+        self.session_id = session_id or agreed(lambda: self.storage.registry.create_session(self.plan))
         self.folder = fsio.make_folder(self.storage.session_path(self.session_id))
-        self.logger = PipelineLogger(self.folder, self.session_id, ("jsonl", *sinks))
+        log = self.folder if self._leads else self.folder / f"process-{world()[0]}"
+        self.logger = PipelineLogger(log, self.session_id, ("jsonl", *sinks) if self._leads else ())
         self._monitor = ResourceMonitor(self.logger, interval=5.0)
 
     @classmethod
@@ -71,7 +77,7 @@ class PipelineOrchestrator:
             ArtifactError: no such session, or one without a plan.
         """
         store = ModelStorage(storage)
-        store.reindex()  # a model that was finished but not yet registered when its process was killed
+        agreed(store.reindex)  # a model that was finished but not yet registered when its process was killed
         registry = store.registry
         row = registry.get_session(_full_id(registry, session_id))
         plan = row["config"]
@@ -81,20 +87,22 @@ class PipelineOrchestrator:
                 where=f"session {row['session_id']}",
                 remedy="its models can be used; start a new run to make others",
             )
-        return cls(
+        forge = cls(
             Profile.build(plan["profile"], f"session {row['session_id']}"),
             storage,
             data=plan.get("data"),
             session_id=row["session_id"],
             **options,
         )
+        forge.plan = plan
+        return forge
 
     def __enter__(self) -> PipelineOrchestrator:
         import torch
 
-        torch.set_num_threads(self.profile.threads or torch.get_num_threads())
+        torch.set_num_threads(threads_here(self.profile.threads or torch.get_num_threads()))
         if self._resumed:
-            self.storage.registry.claim_session(self.session_id)
+            agreed(lambda: self.storage.registry.claim_session(self.session_id))
         self.logger.event("session_started", profile=self.profile.name, environment=environment())
         self._monitor.start_monitoring()
         return self
@@ -104,8 +112,8 @@ class PipelineOrchestrator:
         try:
             self._monitor.stop_monitoring()
             self.logger.event("session_ended", status=status, error=str(error) if error else None)
-            self.storage.registry.update_session(self.session_id, status=status)
-            if status == "completed":
+            self._note(status=status)
+            if status == "completed" and self._leads:
                 manager = SessionCleanupManager(self.storage.registry, self.storage, self.profile.cleanup)
                 manager.auto_cleanup_on_session_complete(self.session_id)
         finally:
@@ -114,26 +122,34 @@ class PipelineOrchestrator:
     def run_full_pipeline(self, until: str | int | None = None) -> dict[str, PhaseResult]:
         """Run every phase the profile has settings for, in order, up to and including ``until``.
 
+        A resumed session stops where it was told to, unless it is told otherwise.
+
         Raises:
             ConfigError: unknown phase, or one the profile has no settings for.
             GateError: a gate said no and the profile asks to stop there; what the phase made is kept.
         """
+        until = self.plan.get("until") if until is None else until
         last = phase_name(until) if until is not None else None
         names = [name for name in ORDER if name in self.profile.phases]
         if last is not None and last not in names:
             self.profile.phase(last)
+        self.plan = {**self.plan, "until": last}
+        self._note(plan=self.plan)
         results: dict[str, PhaseResult] = {}
         models: list[str] = []
         for done, name in enumerate(names):
-            self.storage.registry.update_session(
-                self.session_id, current_phase=name, progress_percent=100.0 * done / len(names)
-            )
+            self._note(current_phase=name, progress_percent=100.0 * done / len(names))
             results[name] = self.run_single_phase(name, models)
             models = self._handed_over(results[name], models)
             if name == last:
                 break
-        self.storage.registry.update_session(self.session_id, progress_percent=100.0)
+        self._note(progress_percent=100.0)
         return results
+
+    def _note(self, **changes: Any) -> None:
+        """Update the session's row; the first process speaks for all."""
+        if self._leads:
+            self.storage.registry.update_session(self.session_id, **changes)
 
     def _handed_over(self, result: PhaseResult, given: list[str]) -> list[str]:
         """Models for the next phase: what this one made, or what it was given where its gate said no."""
@@ -156,8 +172,8 @@ class PipelineOrchestrator:
         name = phase_name(phase)
         config = self.profile.phase(name)
         folder = fsio.make_folder(self.folder / phase_folder(name))
-        key = {"config": config.fingerprint(), "inputs": models or []}
-        finished = _finished(folder / "result.json", key)
+        key = {"config": config.fingerprint(), "inputs": models or [], "data": data_print(self.data)}
+        finished = agreed(lambda: _finished(folder / "result.json", key))
         if finished is not None:
             self.show(Progress(name, 1, 1, "already finished"))
             return finished
@@ -174,9 +190,19 @@ class PipelineOrchestrator:
             raise
         result.start_time, result.end_time = started, datetime.now(UTC).isoformat()
         record = json.dumps({"key": key, **result.record()}, indent=1, default=str)
-        fsio.write_atomic(folder / "result.json", record.encode())
+        if self._leads:
+            fsio.write_atomic(folder / "result.json", record.encode())
         logger.event("phase_finished", seconds=result.duration_seconds, success=result.success)
         return result
+
+
+def data_print(folder: Path | None) -> str:
+    """A fingerprint of a data folder by the names, sizes and times of its files: contents are hashed when read."""
+    if folder is None:
+        return ""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{p.relative_to(folder)}\0{p.stat().st_size}\0{p.stat().st_mtime_ns}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def phase_name(phase: str | int) -> str:

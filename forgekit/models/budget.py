@@ -98,7 +98,8 @@ def _shape(template: GPTConfig, target: int, d: int, embedding_share: float) -> 
     if template.family == "trm_titans":
         heads = template.memory_heads
         changes |= {"d_mem": max(heads, d // 2 // heads * heads), "gate_hidden": max(8, d // 4)}
-        changes["trm_hidden"] = d
+        # A quarter of the width: recursion has never paid for more (docs/LOG.md), and all siblings carry it.
+        changes["trm_hidden"] = max(8, d // 4) if template.trm_hidden else 0
     small = template.replace(**changes)
     left = target - small.parameters()
     ffn = 16 + round(left / (2 * d * template.n_layers) / 16) * 16

@@ -95,6 +95,8 @@ class TRMTitansConfig(GPTConfig):
     """Long-term memory: gradient-trained fast weights, a constant decay, or nothing."""
     memory_layers: tuple[int, ...] = (1,)
     """Blocks that own a memory."""
+    conv: bool = True
+    """Mix each query, key and value with its three predecessors (a short convolution)."""
     d_mem: Positive = 64
     """Memory width over all memory heads (the specification: d_model / 2)."""
     memory_heads: Positive = 2
@@ -108,15 +110,16 @@ class TRMTitansConfig(GPTConfig):
     novelty_weight: Share = 0.5
     """How readily old content makes room; 0.5 is neutral."""
     gate_hidden: Positive = 32
-    """Hidden width of the gate that blends attention and memory."""
+    """Hidden width of the gate through which the memory is heard."""
     gate_entropy: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the entropy bonus that keeps the gate from saturating."""
-    t_max: Annotated[int, Field(ge=0)] = 2
-    """Recursion steps at most; 0 switches recursion (and its halting) off."""
+    t_max: Annotated[int, Field(ge=0)] = 0
+    """Recursion steps at most; 0 does without (and without halting). No shape depends on it: a child may recurse
+    where its parent did not."""
     micro_steps: Positive = 1
     """Latent refinements per recursion step."""
-    trm_hidden: Positive = 128
-    """Hidden width of the two recursion networks."""
+    trm_hidden: Annotated[int, Field(ge=0)] = 32
+    """Hidden width of the two recursion networks; 0 leaves them out."""
     step_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Deep supervision: step t of T weighs step_decay ** (T - t), normalised."""
     detach_steps: bool = True
@@ -132,9 +135,16 @@ class TRMTitansConfig(GPTConfig):
     def _memory_fits(self):
         if self.d_mem % self.memory_heads:
             raise ValueError(f"d_mem {self.d_mem} must be a multiple of memory_heads {self.memory_heads}")
+        if self.t_max and not self.trm_hidden:
+            raise ValueError(f"t_max {self.t_max} needs recursion networks: set trm_hidden above 0, or t_max to 0")
         if self.memory != "none" and any(not 0 <= i < self.n_layers for i in self.memory_layers):
             raise ValueError(f"memory_layers {self.memory_layers} must lie in 0..{self.n_layers - 1}")
         return self
+
+    @property
+    def reach(self) -> int:
+        """Tokens back that attention and the short convolutions can see through all layers."""
+        return self.n_layers * (self.window - 1 + (CONV_TAPS - 1) * self.conv)
 
     @property
     def memories(self) -> tuple[int, ...]:
@@ -153,9 +163,11 @@ class TRMTitansConfig(GPTConfig):
     def split(self) -> dict[str, int]:
         """Parameters by part."""
         d = self.d_model
-        parts = {**super().split(), "memory": len(self.memories) * self._memory_parameters()}
+        parts = super().split()
+        parts["blocks"] += self.n_layers * 3 * d * CONV_TAPS * self.conv
         recursion = 4 * d * self.trm_hidden + 2 * d + d + (d + 1)
-        return {**parts, "recursion": recursion if self.t_max else 0}
+        memory = len(self.memories) * self._memory_parameters()
+        return {**parts, "memory": memory, "recursion": recursion if self.trm_hidden else 0}
 
     def flops_per_token(self, context: int, steps: float | None = None) -> float:
         """Forward FLOPs per token with ``steps`` recursion steps (all of them unless given)."""
@@ -164,7 +176,8 @@ class TRMTitansConfig(GPTConfig):
         # Per token and head: three K x K products, one outer product, and the chunk's couplings.
         core = self.memory_heads * (8 * k * k + 8 * c * k + 2 * c * c) if self.memory == "titans" else 0
         memory = len(self.memories) * (2 * self._memory_parameters() + core)
-        return super().flops_per_token(context) + memory + steps * self.step_flops()
+        conv = 2 * self.n_layers * 3 * self.d_model * CONV_TAPS * self.conv
+        return super().flops_per_token(context) + conv + memory + steps * self.step_flops()
 
     def step_flops(self) -> float:
         """Forward FLOPs of one recursion step per token, without the head."""
@@ -174,7 +187,7 @@ class TRMTitansConfig(GPTConfig):
         """As for the plain family; deep supervision runs recursion and head ``t_max`` times where there is a label."""
         body = self.flops_per_token(context, steps=0) - self.head_flops()
         each = self.step_flops() + self.head_flops() if self.t_max else 0.0
-        return 3 * (body + supervised * (max(self.t_max, 1) * each if self.t_max else self.head_flops()))
+        return 3 * (body + supervised * (self.t_max * each if self.t_max else self.head_flops()))
 
 
 MODEL_CONFIGS = Registry("model_config")

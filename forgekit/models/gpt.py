@@ -41,7 +41,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        shape = AttentionShape(config.d_model, config.n_heads, config.window, config.rope_base, config.qk_norm)
+        conv = getattr(config, "conv", False)
+        shape = AttentionShape(config.d_model, config.n_heads, config.window, config.rope_base, config.qk_norm, conv)
         self.norm1, self.norm2 = RMSNorm(config.d_model), RMSNorm(config.d_model)
         self.attn, self.ffn = Attention(shape), FeedForward(config.d_model, config.ffn_hidden)
 

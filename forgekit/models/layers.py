@@ -17,6 +17,29 @@ from forgekit.models.base import placed_like
 
 EMPTY = -1
 """Position of a cache slot that holds no token."""
+CONV_TAPS = 4
+"""Taps of the short convolutions."""
+
+
+def short_conv(
+    x_BTC: Tensor, tail_BJC: Tensor | None, taps_CJ: Tensor, lengths_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over a few tokens, and the inputs the next segment needs of this one.
+
+    Args:
+        x_BTC: new inputs.
+        tail_BJC: the last ``taps - 1`` inputs before them; ``None`` before the first token (zeros).
+        taps_CJ: weights, the last one is the token's own.
+        lengths_B: real tokens per right-padded row; padding does not enter the tail.
+    """
+    (B, T, C), J = x_BTC.shape, taps_CJ.shape[1] - 1
+    tail_BJC = x_BTC.new_zeros(B, J, C) if tail_BJC is None else tail_BJC.to(x_BTC.dtype)
+    padded, taps_CJ = torch.cat([tail_BJC, x_BTC], dim=1), taps_CJ.to(x_BTC.dtype)
+    mixed = sum(padded[:, j : j + T] * taps_CJ[:, j] for j in range(J + 1))
+    if lengths_B is None:
+        return mixed, padded[:, T:].clone()  # a view would keep the whole segment alive in the state
+    keep = lengths_B[:, None] + torch.arange(J, device=x_BTC.device)
+    return mixed, padded.gather(1, keep[:, :, None].expand(-1, -1, C))
 
 
 def linear(fan_in: int, fan_out: int, std: float | None = None) -> nn.Linear:
@@ -24,6 +47,13 @@ def linear(fan_in: int, fan_out: int, std: float | None = None) -> nn.Linear:
     layer = nn.Linear(fan_in, fan_out, bias=False)
     nn.init.normal_(layer.weight, std=fan_in**-0.5) if std is None else nn.init.normal_(layer.weight, std=std)
     return layer
+
+
+def identity_taps(channels: int) -> Tensor:
+    """Convolution weights (C, J) that pass the token's own input through."""
+    taps_CJ = torch.zeros(channels, CONV_TAPS)
+    taps_CJ[:, -1] = 1.0
+    return taps_CJ
 
 
 class RMSNorm(nn.Module):
@@ -55,23 +85,29 @@ class AttentionState:
         k_BHPK, v_BHPK: rotated keys and values.
         pos_BP: absolute position of each slot, :data:`EMPTY` where none.
         cursor: the slot that the next token overwrites: in every row the oldest.
+        tail_BJC: the last inputs of the short convolution, queries, keys and values side by side; None without one.
     """
 
     k_BHPK: Tensor
     v_BHPK: Tensor
     pos_BP: Tensor
     cursor: int
+    tail_BJC: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Width, heads and reach of an attention layer; ``window`` 0 sees everything before."""
+    """Width, heads and reach of an attention layer; ``window`` 0 sees everything before.
+
+    ``conv`` mixes each query, key and value with its three predecessors (Titans, arXiv 2501.00663, section 4.4).
+    """
 
     width: int
     heads: int
     window: int
     rope_base: float
     qk_norm: bool
+    conv: bool = False
 
 
 class Attention(nn.Module):
@@ -85,6 +121,7 @@ class Attention(nn.Module):
         self.wo = linear(d, d, std=0.0)
         # With normalised q and k the logit is gain * cos: a learned, per-head inverse temperature.
         self.gain_H = nn.Parameter(torch.full((shape.heads,), 8.0)) if shape.qk_norm else None
+        self.conv_CJ = nn.Parameter(identity_taps(3 * d)) if shape.conv else None
         self.register_buffer("longest_2H", torch.zeros(2, shape.heads), persistent=False)
 
     @property
@@ -96,7 +133,7 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend. Without ``state`` nothing before the first token is seen and no state is returned."""
-        q, k, v = self._project(x_BTD, pos_BT)
+        q, k, v, tail = self._project(x_BTD, pos_BT, state, lengths_B)
         if state is None:
             out = self._attend_fresh(q, k, v)
         elif q.shape[2] == 1 and lengths_B is None:
@@ -104,11 +141,18 @@ class Attention(nn.Module):
             out = attend_masked(q, state.k_BHPK, state.v_BHPK, self._visible(pos_BT, state.pos_BP))
         else:
             out, state = self._attend_segment(q, k, v, pos_BT, state, lengths_B)
+        if state is not None:
+            state = replace(state, tail_BJC=tail)
         return self.wo(out.transpose(1, 2).reshape(x_BTD.shape)), state
 
-    def _project(self, x_BTD: Tensor, pos_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None):
+        """Rotated queries and keys, values, each (B, H, T, K), and the convolution's tail."""
         B, T, _ = x_BTD.shape
-        q, k, v = (w(x_BTD).view(B, T, self.shape.heads, -1).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        parts, tail = [w(x_BTD) for w in (self.wq, self.wk, self.wv)], None
+        if self.conv_CJ is not None:
+            mixed, tail = short_conv(torch.cat(parts, -1), state and state.tail_BJC, self.conv_CJ, lengths_B)
+            parts = mixed.chunk(3, -1)
+        q, k, v = (x.view(B, T, self.shape.heads, -1).transpose(1, 2) for x in parts)
         if self.gain_H is not None:
             # SDPA divides by sqrt(K): fold that and the gain into q.
             q = F.normalize(q, dim=-1) * (self.gain_H.to(q.dtype)[:, None, None] * math.sqrt(q.shape[-1]))
@@ -116,7 +160,7 @@ class Attention(nn.Module):
         if self.training:
             # Queries and keys apart, since the last clip: so micro batches clip exactly as the whole batch would.
             self.longest_2H = torch.maximum(self.longest_2H, longest(q.detach(), k.detach()))
-        return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v
+        return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v, tail
 
     def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T, W = q.shape[2], self.shape.window
@@ -151,7 +195,8 @@ class Attention(nn.Module):
         heads, width = self.shape.heads, self.shape.width // self.shape.heads
         empty = self.wk.weight.new_zeros(batch, heads, self.shape.window, width)
         pos = torch.full((batch, self.shape.window), EMPTY, dtype=torch.long, device=device)
-        return AttentionState(empty, empty.clone(), pos, 0)
+        tail = None if self.conv_CJ is None else empty.new_zeros(batch, CONV_TAPS - 1, 3 * self.shape.width)
+        return AttentionState(empty, empty.clone(), pos, 0, tail)
 
     @torch.no_grad()
     def clip_logits(self, tau: float) -> Tensor:
@@ -229,7 +274,8 @@ def keep_last(keys: Tensor, values: Tensor, pos_BP: Tensor, window: int) -> Atte
 
 def select_rows(state: AttentionState, rows: Tensor) -> AttentionState:
     """The same state for a subset (or repetition) of rows."""
-    return replace(state, k_BHPK=state.k_BHPK[rows], v_BHPK=state.v_BHPK[rows], pos_BP=state.pos_BP[rows])
+    tail = None if state.tail_BJC is None else state.tail_BJC[rows]
+    return AttentionState(state.k_BHPK[rows], state.v_BHPK[rows], state.pos_BP[rows], state.cursor, tail)
 
 
 class FeedForward(nn.Module):

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forgekit.models.layers import RMSNorm, linear
+from forgekit.models.layers import CONV_TAPS, RMSNorm, identity_taps, linear, short_conv
 
-CONV_TAPS = 4
 MOMENTUM = 0.5
 """Most momentum a memory may have: with steps up to 1 the largest that is stable for every order of keys."""
 
@@ -76,9 +75,8 @@ class TitansMemory(nn.Module):
         self.shape = shape
         d, m = shape.width, shape.inner
         self.wqkv = linear(d, 3 * m)
-        self.conv_CJ = nn.Parameter(torch.zeros(3 * m, CONV_TAPS))
+        self.conv_CJ = nn.Parameter(identity_taps(3 * m))
         with torch.no_grad():
-            self.conv_CJ[:, -1] = 1.0
             self.conv_CJ[m:, -2] = 0.5  # keys and values begin by looking one token back: pairs need it
         self.gates = nn.Linear(d, 3 * shape.heads)
         nn.init.zeros_(self.gates.weight)
@@ -126,13 +124,7 @@ class TitansMemory(nn.Module):
     def _keys(self, projected: Tensor, tail: Tensor, lengths_B: Tensor | None):
         """Short causal depthwise convolution, then unit queries and keys, per head (B, H, T, K)."""
         B, T, _ = projected.shape
-        padded = torch.cat([tail, projected], dim=1)
-        mixed = sum(padded[:, j : j + T] * self.conv_CJ[:, j] for j in range(CONV_TAPS))
-        if lengths_B is None:
-            tail = padded[:, T:].clone()  # a view would keep the whole segment alive in the state
-        else:
-            keep = lengths_B[:, None] + torch.arange(CONV_TAPS - 1, device=projected.device)
-            tail = padded.gather(1, keep[:, :, None].expand(-1, -1, padded.shape[2]))
+        mixed, tail = short_conv(projected, tail, self.conv_CJ, lengths_B)
         q, k, v = F.silu(mixed).view(B, T, 3, self.shape.heads, -1).permute(2, 0, 3, 1, 4)
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, tail
 

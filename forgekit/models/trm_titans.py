@@ -1,6 +1,6 @@
 """``trm_titans``: sliding-window attention + Titans memory behind a gate + TRM recursion with learned halting.
 
-Sources: Titans, memory as gate (arXiv 2501.00663, section 4.2); Tiny Recursive Models (arXiv 2510.04871);
+Sources: Titans, memory as gate (arXiv 2501.00663, sections 4.2 and 4.4); Tiny Recursive Models (arXiv 2510.04871);
 adaptive computation time (Graves, 2016) in the form of a per-position estimate of being right.
 
 The recursion works on each position by itself, on the features the backbone computed once: it never moves
@@ -28,6 +28,9 @@ from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, Titans
 
 HALT_BIAS = -3.0
 """The halting head starts far from halting: a zero bias makes most runs collapse to one step (2604.21999)."""
+HALT_SPEED = 30.0
+"""Factor on the halting head's logit, and so on how fast it learns: a specialist has a hundred steps to move a chance
+from 0.05 to beyond 0.9, and its target moves with the model (docs/LOG.md)."""
 
 
 @dataclass
@@ -45,7 +48,11 @@ class TRMTitansState:
 
 
 class GatedMemory(nn.Module):
-    """Memory as gate: the block's attention output and the recalled memory, blended per channel."""
+    """Memory as gate: what the memory recalls, gated per channel, added to what attention sees.
+
+    A convex blend of the two, as the V2 specification has it, halves attention where the memory has nothing to say
+    and models text worse (docs/LOG.md).
+    """
 
     def __init__(self, config: TRMTitansConfig) -> None:
         super().__init__()
@@ -63,20 +70,20 @@ class GatedMemory(nn.Module):
         self.gate_in = linear(config.d_model, config.gate_hidden)
         self.gate_out = nn.Linear(config.gate_hidden, config.d_model)
         nn.init.zeros_(self.gate_out.weight)
-        nn.init.zeros_(self.gate_out.bias)  # half and half: a memory that is hardly heard is learned late (docs/LOG.md)
+        nn.init.zeros_(self.gate_out.bias)  # half open: a memory that is hardly heard is learned late (docs/LOG.md)
 
     def forward(self, x_BTD: Tensor, attended_BTD: Tensor, state: MemoryState | None, lengths_B: Tensor | None):
-        """g * attended + (1 - g) * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""
+        """attended + g * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""
         inputs = self.norm(x_BTD)
         recalled, state = self.memory(inputs, state, lengths_B)
         logit = self.gate_out(F.silu(self.gate_in(inputs)))
         gate = logit.sigmoid()
         entropy_BT = (F.softplus(logit.float()) - gate.float() * logit.float()).mean(-1) / math.log(2)
-        return gate * attended_BTD + (1 - gate) * self.out_norm(recalled), state, entropy_BT
+        return attended_BTD + gate * self.out_norm(recalled), state, entropy_BT
 
 
 class MemoryBlock(Block):
-    """A transformer block whose attention is blended with a long-term memory."""
+    """A transformer block whose attention is joined by a long-term memory."""
 
     def __init__(self, config: TRMTitansConfig) -> None:
         super().__init__(config)
@@ -111,7 +118,7 @@ class Recursion(nn.Module):
         self.z0 = nn.Parameter(torch.zeros(config.d_model))
         self.halt = nn.Linear(config.d_model, 1)
         nn.init.zeros_(self.halt.weight)
-        nn.init.constant_(self.halt.bias, HALT_BIAS)
+        nn.init.constant_(self.halt.bias, HALT_BIAS / HALT_SPEED)
         # The teacher is an average of the halting head; it decides, the student only learns.
         self.register_buffer("teacher_weight", self.halt.weight.detach().clone())
         self.register_buffer("teacher_bias", self.halt.bias.detach().clone())
@@ -125,9 +132,8 @@ class Recursion(nn.Module):
     def halting(self, z: Tensor, teacher: bool) -> Tensor:
         """Logit of the chance that the current answer is right, (...,) for (..., D) latents."""
         z = F.rms_norm(z.float(), (z.shape[-1],))
-        if teacher:
-            return F.linear(z, self.teacher_weight.float(), self.teacher_bias.float()).squeeze(-1)
-        return F.linear(z, self.halt.weight.float(), self.halt.bias.float()).squeeze(-1)
+        head = (self.teacher_weight, self.teacher_bias) if teacher else (self.halt.weight, self.halt.bias)
+        return HALT_SPEED * F.linear(z, *(x.float() for x in head)).squeeze(-1)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -164,7 +170,7 @@ class TRMTitans(nn.Module):
             MemoryBlock(config) if i in config.memories else Block(config) for i in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model)
-        self.recursion = Recursion(config) if config.t_max else None
+        self.recursion = Recursion(config) if config.trm_hidden else None
         self.checkpoint_activations = False
 
     def initial_state(self, batch: int) -> TRMTitansState:
@@ -212,7 +218,7 @@ class TRMTitans(nn.Module):
 
     def _answer(self, h_ND: Tensor) -> Output:
         """Recursion (if any) and head on flat features (N, D)."""
-        if self.recursion is None:
+        if not self.config.t_max:
             return Output(self.embedding.unembed(h_ND).float())
         refined, steps = self.recursion.infer(h_ND)
         return Output(self.embedding.unembed(refined).float(), None, steps)
@@ -228,7 +234,7 @@ class TRMTitans(nn.Module):
         entropy = None if entropy_BT is None else entropy_BT.flatten()[pick].sum() / max(1, pick.numel())
         x_ND, target_N = h_BTD.flatten(0, 1)[pick], labels_BT.reshape(-1)[pick]
         parts = {} if entropy is None else {"gate/entropy": entropy.detach()}
-        if self.recursion is None:
+        if not self.config.t_max:
             nats = mean_nats(self.embedding.unembed(x_ND), target_N)
             total = nats
         else:
@@ -261,7 +267,7 @@ class TRMTitans(nn.Module):
 
     def after_step(self) -> None:
         """Bookkeeping after an optimizer step: move the halting teacher."""
-        if self.recursion is not None:
+        if self.config.t_max:
             self.recursion.update_teacher()
 
     def flops_per_token(self, context: int, steps: float | None = None) -> float:

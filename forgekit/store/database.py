@@ -118,6 +118,7 @@ class ModelRegistry:
         status: str | None = None,
         current_phase: str | None = None,
         progress_percent: float | None = None,
+        plan: dict[str, Any] | None = None,
     ) -> None:
         """Change what is given. Setting ``running`` makes this process the owner; ending a session sets its end time.
 
@@ -139,6 +140,8 @@ class ModelRegistry:
                 what, remedy = f"value {progress_percent!r} refused", "give a percentage from 0 to 100"
                 raise ConfigError(what, where="progress_percent", remedy=remedy)
             changes["progress_percent"] = progress_percent
+        if plan is not None:
+            changes["pipeline_config_json"] = json.dumps(plan, default=str)
         sets = ", ".join(f"{column} = ?" for column in changes)
         with self.transaction() as connection:
             query = f"UPDATE sessions SET {sets} WHERE session_id = ?"

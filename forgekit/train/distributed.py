@@ -7,12 +7,21 @@ are weighted by supervised tokens over *all* processes, so gradients sum to thos
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from forgekit.errors import ForgeError
+from forgekit.models.base import whole
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for the first one, which measures and writes alone."""
 
 
 def world() -> tuple[int, int]:
@@ -31,11 +40,47 @@ def process_group(device: str = "cpu") -> Iterator[tuple[int, int]]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Counters are summed on the CPU, whatever the gradients live on.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield world()
     finally:
         dist.destroy_process_group()
+
+
+def agreed(act: Callable[[], T]) -> T:
+    """Do something once, in the first process, and give what it returns to all of them.
+
+    Raises:
+        ForgeError: ``act`` raised it, in every process.
+    """
+    rank, size = world()
+    if size == 1:
+        return act()
+    answer: list = [None, None]
+    if rank == 0:
+        try:
+            answer[0] = act()
+        except ForgeError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def gathered(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """A sharded model as a whole one made by ``build``, in every process; any other as it is."""
+    if not any(hasattr(p, "device_mesh") for p in model.parameters()):
+        return model
+    full = build()
+    full.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
+    return full.to(next(iter(model.parameters())).device).train(model.training)
+
+
+def threads_here(threads: int) -> int:
+    """This process's part of the machine's threads, which the processes of one machine divide among them."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world()[1] > 1 else 1
+    return max(1, threads // beside)
 
 
 def shard(model: nn.Module) -> nn.Module:

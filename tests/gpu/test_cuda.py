@@ -15,7 +15,7 @@ from forgekit.train.loop import Trainer
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 SHAPE = {"vocab_size": 96, "d_model": 32, "n_layers": 2, "n_heads": 2, "ffn_hidden": 64, "window": 8}
-TITANS = TRMTitansConfig(**SHAPE, d_mem=16, memory_layers=(1,), memory_chunk=8, trm_hidden=16, gate_hidden=8)
+TITANS = TRMTitansConfig(**SHAPE, d_mem=16, memory_layers=(1,), memory_chunk=8, trm_hidden=16, gate_hidden=8, t_max=2)
 
 
 class Noise:

@@ -135,7 +135,9 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     assert same(before, weights(state.model))
 
 
-@pytest.mark.parametrize("config", [trm_config(n_layers=3), trm_config(ffn_hidden=8), trm_config(t_max=0)])
+@pytest.mark.parametrize(
+    "config", [trm_config(n_layers=3), trm_config(ffn_hidden=8), trm_config(t_max=0, trm_hidden=0)]
+)
 def test_another_models_checkpoint_is_refused_before_anything_is_touched(tmp_path, config):
     _, manager = saved(tmp_path)
     run = trainer(train_config(), model=made(config))

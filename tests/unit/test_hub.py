@@ -27,7 +27,7 @@ V = TOKENIZER.get_vocab_size()
 TINY = {"vocab_size": V, "d_model": 16, "n_heads": 2, "n_layers": 2, "ffn_hidden": 16, "max_seq_len": 32}
 OURS = {
     "gpt": GPTConfig(**TINY, emb_rank=8),
-    "trm_titans": TRMTitansConfig(**TINY, d_mem=8, memory_chunk=3, gate_hidden=4, trm_hidden=8, window=4),
+    "trm_titans": TRMTitansConfig(**TINY, d_mem=8, memory_chunk=3, gate_hidden=4, trm_hidden=8, window=4, t_max=2),
 }
 GREEDY = SamplingConfig(max_tokens=12)
 PROMPTS = ["hello", "this is some text", "1"]

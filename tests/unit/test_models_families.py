@@ -12,7 +12,7 @@ from tiny import VOCAB, gpt_config, gradients, made, trm_config
 
 from forgekit.models.base import CausalLM, parameter_count, score_at, supervised_positions
 from forgekit.models.constants import IGNORE
-from forgekit.models.trm_titans import HALT_BIAS
+from forgekit.models.trm_titans import HALT_BIAS, HALT_SPEED
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 BOTH = pytest.mark.parametrize("config", [gpt_config(), gpt_config(window=4), trm_config()], ids=["gpt", "swa", "trm"])
@@ -43,16 +43,17 @@ def test_gpt_has_as_many_parameters_as_its_formula_says(shape, window):
 @given(
     shape=st.fixed_dictionaries(SHAPES),
     memory=st.sampled_from(["titans", "decay", "none"]),
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 20)),
-    t_max=st.integers(0, 3),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 20)),
+    flags=st.tuples(st.integers(0, 3), st.booleans()),
     layers=st.sets(st.integers(0, 2)),
 )
-def test_trm_titans_has_as_many_parameters_as_its_formula_says(shape, memory, sizes, t_max, layers):
+def test_trm_titans_has_as_many_parameters_as_its_formula_says(shape, memory, sizes, flags, layers):
     heads, width = shape.pop("heads"), shape.pop("d_head")
     owners = tuple(i for i in layers if i < shape["n_layers"])
     config = trm_config(
-        d_model=heads * width, n_heads=heads, memory=memory, memory_layers=owners, memory_heads=sizes[0], t_max=t_max,
-        d_mem=sizes[0] * sizes[1], gate_hidden=sizes[2], trm_hidden=sizes[3], **shape,
+        d_model=heads * width, n_heads=heads, memory=memory, memory_layers=owners, memory_heads=sizes[0],
+        d_mem=sizes[0] * sizes[1], gate_hidden=sizes[2], trm_hidden=sizes[3], t_max=flags[0] if sizes[3] else 0,
+        conv=flags[1], **shape,
     )  # fmt: skip
     assert parameter_count(made(config)) == config.parameters()
 
@@ -65,6 +66,7 @@ def test_trm_titans_has_as_many_parameters_as_its_formula_says(shape, memory, si
         ({"d_mem": 7}, "d_mem"),
         ({"memory_layers": (2,)}, "memory_layers"),
         ({"window": 0}, "window"),
+        ({"t_max": 1, "trm_hidden": 0}, "trm_hidden"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, word):
@@ -85,7 +87,9 @@ def test_both_families_keep_the_protocol(config):
 @quick
 @given(
     cuts=st.lists(st.integers(1, 12), max_size=4),
-    config=st.sampled_from([gpt_config(), gpt_config(window=3), trm_config(), trm_config(memory="decay", t_max=0)]),
+    config=st.sampled_from(
+        [gpt_config(), gpt_config(window=3), trm_config(), trm_config(conv=False), trm_config(memory="decay", t_max=0)]
+    ),
 )
 def test_cached_equals_uncached(cuts, config):
     model, x = made(config, stir=0.1).eval(), ids(2, 13)
@@ -116,9 +120,10 @@ def test_padded_rows_answer_and_go_on_as_if_alone(lengths, config):
         torch.testing.assert_close(second.logits[place], alone[n:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("memory", ["none", "titans", "decay"])
-def test_beyond_the_window_only_memory_reaches(memory):
-    config = trm_config(memory=memory, memory_layers=(0,), t_max=1)
+def test_beyond_the_window_only_memory_reaches(memory, conv):
+    config = trm_config(memory=memory, memory_layers=(0,), t_max=1, conv=conv)
     model, x = made(config, stir=0.2).eval(), ids(1, 20)
     base = model(x).logits[0, -1]
 
@@ -128,7 +133,7 @@ def test_beyond_the_window_only_memory_reaches(memory):
         other[0, 19 - distance] = (other[0, 19 - distance] + 1) % VOCAB
         return float((model(other).logits[0, -1] - base).abs().max())
 
-    assert config.reach == 6
+    assert config.reach == (12 if conv else 6)
     assert change(config.reach) > 1e-4
     if memory == "none":
         assert all(change(d) == 0 for d in range(config.reach + 1, 20))
@@ -138,6 +143,8 @@ def test_beyond_the_window_only_memory_reaches(memory):
 
 def test_flops_grow_with_context_steps_and_parts():
     config = trm_config(window=32)
+    taps = config.flops_per_token(8) - trm_config(window=32, conv=False).flops_per_token(8)
+    assert taps == 2 * sum(block.attn.conv_CJ.numel() for block in made(config).blocks)
     at = config.flops_per_token
     assert at(8) < at(16) and at(32) == at(500)
     assert at(8, 1) < at(8, 2) == at(8)
@@ -205,7 +212,7 @@ def halting_model(threshold: float, bias: float, **changes):
 def test_a_threshold_of_one_takes_all_steps_and_a_low_one_takes_one():
     assert bool((halting_model(1.0, 50.0)(ids(2, 5)).steps == 4).all())
     assert bool((halting_model(0.9, -20.0)(ids(2, 5)).steps == 4).all())
-    assert bool((halting_model(1e-4, 0.0)(ids(2, 5)).steps == 1).all())
+    assert bool((halting_model(1e-4, 20.0)(ids(2, 5)).steps == 1).all())
 
 
 def test_positions_halt_by_themselves():
@@ -222,11 +229,28 @@ def test_positions_halt_by_themselves():
 
 def test_without_steps_there_is_no_recursion():
     model = made(trm_config(t_max=0), stir=0.1)
-    out = model(ids(2, 4))
-    assert model.recursion is None and out.steps is None
+    assert model(ids(2, 4)).steps is None
     loss = model.training_loss(ids(2, 4), ids(2, 4, seed=1))
     assert "act/mean_steps" not in loss.parts
+    loss.total.backward()
+    assert all(p.grad is None for p in model.recursion.parameters()), "carried along, not trained"
+    before = model.recursion.teacher_bias.clone()
+    with torch.no_grad():
+        model.recursion.halt.bias.fill_(5.0)
     model.after_step()
+    assert torch.equal(model.recursion.teacher_bias, before)
+    assert made(trm_config(t_max=0, trm_hidden=0)).recursion is None
+
+
+def test_a_child_that_begins_to_recurse_begins_as_its_parent():
+    parent, x = made(trm_config(t_max=0)).eval(), ids(2, 9)
+    with torch.no_grad():
+        for block in parent.blocks:
+            block.ffn.down.weight.normal_()
+    child = made(trm_config(t_max=3), seed=5).eval()
+    child.load_state_dict(parent.state_dict())
+    out = child(x)
+    assert torch.equal(out.logits, parent(x).logits) and bool((out.steps == 3).all())
 
 
 def test_training_loss_weighs_its_steps_and_adds_halting_and_gate_entropy():
@@ -274,12 +298,14 @@ def test_detached_steps_pass_no_gradient_back():
 
 def test_the_teacher_starts_reluctant_and_follows_the_student():
     model = made(trm_config(act_ema=0.75))
-    assert float(model.recursion.teacher_bias) == HALT_BIAS
+    start = float(model.recursion.teacher_bias)
+    assert start * HALT_SPEED == pytest.approx(HALT_BIAS)
+    assert float(model.recursion.halting(torch.ones(1, 16), teacher=True)) == pytest.approx(HALT_BIAS)
     with torch.no_grad():
         model.recursion.halt.bias.fill_(1.0)
         model.recursion.halt.weight.fill_(2.0)
     model.after_step()
-    assert float(model.recursion.teacher_bias) == pytest.approx(0.75 * HALT_BIAS + 0.25)
+    assert float(model.recursion.teacher_bias) == pytest.approx(0.75 * start + 0.25)
     assert model.recursion.teacher_weight.unique().tolist() == pytest.approx([0.5])
     assert "recursion.teacher_bias" in model.state_dict()
 

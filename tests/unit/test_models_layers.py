@@ -23,10 +23,12 @@ from forgekit.models.layers import (
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def attention(window: int = 0, qk_norm: bool = True, width: int = 16) -> Attention:
+def attention(window: int = 0, qk_norm: bool = True, width: int = 16, conv: bool = False) -> Attention:
     torch.manual_seed(0)
-    layer = Attention(AttentionShape(width, 2, window, 10000.0, qk_norm))
+    layer = Attention(AttentionShape(width, 2, window, 10000.0, qk_norm, conv))
     torch.nn.init.normal_(layer.wo.weight, std=0.3)
+    if conv:
+        torch.nn.init.normal_(layer.conv_CJ)
     return layer
 
 
@@ -42,7 +44,11 @@ def reference(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     """Written-out attention: scores, mask, softmax."""
     B, T, D = x.shape
     H = layer.shape.heads
-    q, k, v = (w(x).view(B, T, H, -1).transpose(1, 2) for w in (layer.wq, layer.wk, layer.wv))
+    parts = [w(x) for w in (layer.wq, layer.wk, layer.wv)]
+    if layer.conv_CJ is not None:
+        taps = layer.conv_CJ.chunk(3)
+        parts = [F.conv1d(F.pad(y.mT, (3, 0)), c[:, None], groups=D).mT for y, c in zip(parts, taps)]
+    q, k, v = (y.reshape(B, T, H, -1).transpose(1, 2) for y in parts)
     if layer.gain_H is not None:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     q, k = (rope(y, places(B, T), 10000.0) for y in (q, k))
@@ -54,9 +60,9 @@ def reference(layer: Attention, x: torch.Tensor) -> torch.Tensor:
 
 
 @quick
-@given(window=st.integers(0, 9), T=st.integers(1, 20), qk_norm=st.booleans())
-def test_attention_is_the_written_out_formula(window, T, qk_norm):
-    layer, x = attention(window, qk_norm), tokens(2, T)
+@given(window=st.integers(0, 9), T=st.integers(1, 20), qk_norm=st.booleans(), conv=st.booleans())
+def test_attention_is_the_written_out_formula(window, T, qk_norm, conv):
+    layer, x = attention(window, qk_norm, conv=conv), tokens(2, T)
     out, state = layer(x, places(2, T), None, None)
     assert state is None
     torch.testing.assert_close(out, reference(layer, x), rtol=1e-4, atol=1e-5)
@@ -74,9 +80,9 @@ def test_attention_in_blocks_equals_masked_full_attention_with_its_gradients(W, 
 
 
 @quick
-@given(window=st.sampled_from([0, 1, 3, 5]), cuts=st.lists(st.integers(1, 14), max_size=5))
-def test_any_mix_of_segments_and_single_tokens_equals_one_pass(window, cuts):
-    layer, x = attention(window), tokens(2, 15)
+@given(window=st.sampled_from([0, 1, 3, 5]), cuts=st.lists(st.integers(1, 14), max_size=5), conv=st.booleans())
+def test_any_mix_of_segments_and_single_tokens_equals_one_pass(window, cuts, conv):
+    layer, x = attention(window, conv=conv), tokens(2, 15)
     state, parts, edges = layer.initial_state(2, x.device), [], [0, *sorted(set(cuts)), 15]
     for a, b in zip(edges, edges[1:]):
         out, state = layer(x[:, a:b], places(2, b - a, a), state, None)
@@ -86,9 +92,14 @@ def test_any_mix_of_segments_and_single_tokens_equals_one_pass(window, cuts):
 
 
 @quick
-@given(window=st.sampled_from([0, 2, 4]), lengths=st.tuples(*[st.integers(0, 6)] * 3), follow=st.integers(1, 3))
-def test_ragged_rows_go_on_as_if_each_were_alone(window, lengths, follow):
-    layer, x = attention(window), tokens(3, 6 + follow)
+@given(
+    window=st.sampled_from([0, 2, 4]),
+    lengths=st.tuples(*[st.integers(0, 6)] * 3),
+    follow=st.integers(1, 3),
+    conv=st.booleans(),
+)
+def test_ragged_rows_go_on_as_if_each_were_alone(window, lengths, follow, conv):
+    layer, x = attention(window, conv=conv), tokens(3, 6 + follow)
     _, state = layer(x[:, :6], places(3, 6), layer.initial_state(3, x.device), torch.tensor(lengths))
     for step in range(follow):
         pos = torch.tensor([[n + step] for n in lengths])
@@ -106,11 +117,12 @@ def test_rows_that_see_nothing_give_zeros():
 
 
 def test_select_rows_repeats_and_reorders():
-    layer = attention(3)
+    layer = attention(3, conv=True)
     _, state = layer(tokens(2, 5), places(2, 5), layer.initial_state(2, torch.device("cpu")), torch.tensor([5, 1]))
     twice = select_rows(state, torch.tensor([1, 1, 0]))
     assert twice.pos_BP.tolist() == [[EMPTY, EMPTY, 0]] * 2 + [[2, 3, 4]]
     assert torch.equal(twice.k_BHPK[2], state.k_BHPK[0])
+    assert torch.equal(twice.tail_BJC, state.tail_BJC[[1, 1, 0]]) and twice.tail_BJC.abs().max() > 0
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -136,7 +148,7 @@ def test_the_bound_is_a_bound_and_covers_every_micro_batch_since_the_last_clip()
     layer, x = attention(qk_norm=False).train(), tokens(6, 8)
     layer(x, places(6, 8), None, None)
     at_once = layer.logit_bound_H.clone()
-    q, k, _ = layer._project(x, places(6, 8))
+    q, k, *_ = layer._project(x, places(6, 8), None, None)
     logits = q @ k.mT * q.shape[-1] ** -0.5
     assert bool((logits.abs().amax((0, 2, 3)) <= at_once + 1e-5).all())
     layer.longest_2H.zero_()

@@ -14,7 +14,7 @@ import torch
 
 from agent_forge.phases.cognate import data as phase_data
 from agent_forge.phases.cognate import evidence as ev
-from agent_forge.phases.cognate.ablation import ablations, plain_shape, supervised_share
+from agent_forge.phases.cognate.ablation import Bench, ablations, plain_shape, recursion_switched, supervised_share
 from agent_forge.phases.cognate.card import card
 from agent_forge.phases.cognate.config import CognateConfig, GymMix
 from agent_forge.phases.cognate.data import draw, load_texts, prepare, specialist_mixture, trunk_mixture
@@ -25,6 +25,7 @@ from forgekit.measure.evidence import Evidence
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model
+from forgekit.models.trm_titans import HALT_SPEED
 
 torch.set_num_threads(1)
 SPECIALIST = {"name": "reasoning", "seed": 1, "mix": [{"family": "state", "levels": [1]}]}
@@ -61,7 +62,7 @@ def model():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
-    model.recursion.teacher_weight.copy_(torch.randn_like(model.recursion.teacher_weight))
+    model.recursion.teacher_weight.copy_(torch.randn_like(model.recursion.teacher_weight) / HALT_SPEED)
     return model.eval()
 
 
@@ -273,7 +274,7 @@ def test_silencing_removes_the_memory_and_nothing_else(model):
 def test_a_threshold_of_one_takes_every_step(model):
     ids = torch.randint(0, 320, (4, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        never, at_once = (ev.with_threshold(model, t)(ids).steps for t in (1.0, 1e-6))
+        never, at_once = (ev.with_threshold(model, t)(ids).steps for t in (1.0, 1e-12))
     assert (never == 3).all() and (at_once == 1).all()
     assert ev.with_threshold(model, 0.3).config.act_threshold == 0.3 and model.config.act_threshold != 0.3
 
@@ -365,24 +366,27 @@ def test_the_plain_family_of_the_ablation_has_the_same_shape():
     shape = load_profile("nano").model_config_solved()
     plain = plain_shape(shape)
     assert plain.family == "gpt"
-    for field in ("d_model", "n_layers", "n_heads", "ffn_hidden", "vocab_size", "window", "max_seq_len"):
+    for field in ("d_model", "n_layers", "n_heads", "vocab_size", "window", "max_seq_len"):
         assert getattr(plain, field) == getattr(shape, field), field
+    assert plain.parameters() == pytest.approx(shape.parameters(), abs=shape.d_model * shape.n_layers)
 
 
-def test_the_ablations_compare_at_equal_flops_and_each_side_is_trained(data, model):
+def test_the_ablations_compare_at_equal_flops_and_each_side_is_trained(data, model, tmp_path):
     far = {**FAR, "train": {"seq_len": 96}}
     trunk = {"steps": 12, "rows": 6, "seq_len": 32, "seed": 42}
     settings = config(trunk=trunk, specialists=[SPECIALIST, far])
     subjects = [ev.Subject(plan, model, plan.name) for plan in settings.specialists]
     shown = []
-    found = ablations(settings, model, subjects, data, shown.append)
+    found = ablations(Bench(settings, data, model, subjects, shown.append, tmp_path))
     sides = ("the plain family", "the same family without recursion")
     equal = [
         f"the trunk beats {side} at equal training FLOPs ({what})" for side in sides for what in ("skills", "text")
     ]
+    both = [plan.name for plan in settings.specialists]
+    halts = [f"{name} is better with recursion than without, at equal training FLOPs" for name in both]
     memory = "trained with a memory, recall beyond the window is better than trained without"
     longer = "reasoning beats a trunk trained on for as long on its speciality"
-    assert [e.claim for e in found] == [*equal, memory, longer] and all(e.split == "report" for e in found)
+    assert [e.claim for e in found] == [*equal, *halts, memory, longer] and all(e.split == "report" for e in found)
     share = supervised_share(trunk_mixture(data, settings))
     shapes = (plain_shape(model.config), model.config.replace(t_max=0))
     for shape, (skill, text) in zip(shapes, (found[:2], found[2:4])):
@@ -393,8 +397,34 @@ def test_the_ablations_compare_at_equal_flops_and_each_side_is_trained(data, mod
     ends = {p.stage: p.done for p in shown}
     more = [e.compute["other_steps"] for e in (found[0], found[2])]
     names = ("plain family", "same family without recursion", "memory none", "memory titans", "trunk trained on")
-    assert ends == dict(zip(names, (*more, 8, 8, 2)))
-    assert found[4].compute["gap_words"] > model.config.reach
+    halting = {f"{e.claim.split()[0]} without recursion": e.compute["other_steps"] for e in found[4:6]}
+    assert ends == {**dict(zip(names, (*more, 8, 8, 2))), **halting} and list(halting) == [
+        f"{n} without recursion" for n in both
+    ]
+    assert found[6].compute["gap_words"] > model.config.reach
+
+
+def test_interrupted_ablations_go_on_from_their_checkpoints(data, model, tmp_path):
+    settings = config(trunk={"steps": 12, "rows": 6, "seq_len": 32, "seed": 42, "checkpoint_every": 4})
+    shape, mixture, shown = model.config, trunk_mixture(data, settings), []
+
+    def stop(progress):
+        shown.append(progress.done)
+        if len(shown) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Bench(settings, data, model, [], stop, tmp_path).train(shape, settings.trunk, mixture, "one side")
+    again = Bench(settings, data, model, [], stop, tmp_path).train(shape, settings.trunk, mixture, "one side")
+    assert shown == list(range(1, 13))
+    whole = Bench(settings, data, model, [], lambda p: None).train(shape, settings.trunk, mixture, "one side")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
+
+
+def test_a_trunk_without_recursion_is_compared_with_one_that_has_it(model):
+    still, plan = model.config.replace(t_max=0), config().specialists[0]
+    assert recursion_switched(still, [ev.Subject(plan, model, "x")]) == {"the same family with recursion": model.config}
+    assert recursion_switched(still, []) == {}
 
 
 # The card

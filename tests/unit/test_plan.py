@@ -28,7 +28,11 @@ def built(monkeypatch) -> list:
 
     def small(shape):
         shapes.append(shape)
-        narrow = {"d_mem": 8, "gate_hidden": 8, "trm_hidden": 8} if shape.family == "trm_titans" else {}
+        narrow = (
+            {"d_mem": 8, "gate_hidden": 8, "trm_hidden": 8 if shape.trm_hidden else 0}
+            if shape.family == "trm_titans"
+            else {}
+        )
         return build(shape.replace(d_model=64, emb_rank=2, ffn_hidden=8, **narrow))
 
     monkeypatch.setattr(forgekit.models.io, "build_model", small)

@@ -34,7 +34,7 @@ def model():
     torch.manual_seed(3)
     torch.set_num_threads(1)
     config = TRMTitansConfig(
-        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, ffn_hidden=32, d_mem=16, trm_hidden=16, window=8,
+        vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=2, ffn_hidden=32, d_mem=16, trm_hidden=16, window=8, t_max=2,
         memory_chunk=8, gate_hidden=8, max_seq_len=128,
     )  # fmt: skip
     model = build_model(config)

@@ -32,7 +32,7 @@ def trm_config(**changes: Any) -> TRMTitansConfig:
         "window": 4,
         "max_seq_len": 64,
     }
-    values |= {"d_mem": 8, "memory_heads": 2, "memory_chunk": 4, "gate_hidden": 8, "trm_hidden": 16}
+    values |= {"d_mem": 8, "memory_heads": 2, "memory_chunk": 4, "gate_hidden": 8, "trm_hidden": 16, "t_max": 2}
     return TRMTitansConfig(**{**values, **changes})
 
 

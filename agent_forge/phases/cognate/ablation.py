@@ -1,45 +1,130 @@
 """The costly comparisons: what memory, recursion and specialisation are worth when each side is trained for itself.
 
-- Against the plain family, and against the same family without recursion, at equal training FLOPs: the cheaper side
-  gets as many more steps as its cheaper tokens buy.
+- Against the plain family, and against the same family with recursion (without, where the trunk recurses), at equal
+  training FLOPs: the cheaper side gets as many more steps as its cheaper tokens buy.
+- Every specialist that recurses against the same specialist without, at equal training FLOPs.
 - Memory against none: the memory specialist's data, learned from scratch by a model with and one without a memory.
 - Specialisation against more of the same: the trunk trained on for as long as the reasoning specialist was.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from agent_forge.phases.cognate.config import CognateConfig, GymMix
 from agent_forge.phases.cognate.data import CognateData, specialist_mixture, trunk_mixture
-from agent_forge.phases.cognate.evidence import Subject, chance_of, far_mix, own_claim, report_set
+from agent_forge.phases.cognate.evidence import Subject, chance_of, far_mix, own_claim, recurses, report_set
 from agent_forge.pipeline.phase import Progress
 from forgekit.measure.evidence import Evidence
 from forgekit.measure.scores import score_problems, score_text
 from forgekit.models.config import GPTConfig
 from forgekit.models.io import build_model
 from forgekit.train.config import TrainConfig
+from forgekit.train.distributed import gathered
 from forgekit.train.loop import Trainer
 
 Show = Callable[[Progress], None]
 
 
-def ablations(config: CognateConfig, trunk, subjects: list[Subject], data: CognateData, show: Show) -> list[Evidence]:
+@dataclass(frozen=True)
+class Bench:
+    """What the comparisons are made with.
+
+    Attributes:
+        config: the phase's settings.
+        data: tokenizer, texts and problems.
+        trunk: the trained trunk.
+        subjects: the trained specialists.
+        show: called with :class:`Progress`.
+        folder: where the trainings keep their checkpoints; ``None`` keeps none.
+    """
+
+    config: CognateConfig
+    data: CognateData
+    trunk: torch.nn.Module
+    subjects: list[Subject]
+    show: Show
+    folder: Path | None = None
+
+    def train(self, shape, train: TrainConfig, mixture, name: str, *, start=None):
+        """A model trained from nothing, or from the weights of ``start``; goes on where it was interrupted."""
+        torch.manual_seed(train.seed)
+        model = build_model(shape)
+        if start is not None:
+            model.load_state_dict(start.state_dict())
+        folder = self.folder and self.folder / re.sub(r"\W+", "-", name)
+        observer = lambda info: self.show(Progress(name, info.step, info.steps))  # noqa: E731
+        Trainer(model, mixture, train, folder, observer=observer).run()
+        return gathered(model, lambda: build_model(shape)).eval()
+
+    def skill(self, claim: str, mix: tuple[GymMix, ...], sides: tuple, compute: dict[str, float]) -> Evidence:
+        """Exact answers of two models on a mix's report problems."""
+        problems = report_set(mix, self.config.evaluation.problems)
+        before, after = (score_problems(m, self.data.tokenizer, problems) for m in sides)
+        return Evidence.compare(
+            claim=claim,
+            metric="exact_match",
+            before=before.right,
+            after=after.right,
+            baseline=before.accuracy,
+            chance=chance_of(mix, problems),
+            parent_must_beat_chance=False,
+            split="report",
+            seeds=(self.config.trunk.seed,),
+            compute=compute,
+        )
+
+    def text(self, claim: str, sides: tuple, compute: dict[str, float]) -> Evidence:
+        """Bits per byte of two models on held-out text."""
+        length, windows = self.config.trunk.seq_len, self.config.evaluation.windows
+        scores = (score_text(m, self.data.tokenizer, self.data.report_texts, length, windows) for m in sides)
+        before, after = (score.per_window for score in scores)
+        return Evidence.compare(
+            claim=claim,
+            metric="bits_per_byte",
+            before=before,
+            after=after,
+            baseline=float(before.mean()),
+            chance=None,
+            higher_is_better=False,
+            split="report",
+            seeds=(self.config.trunk.seed,),
+            compute=compute,
+        )
+
+
+def ablations(bench: Bench) -> list[Evidence]:
     """Train and measure the ablations of this run; needs about twice the phase's own time."""
-    shape = trunk.config
-    sides = {"the plain family": plain_shape(shape)}
-    if getattr(shape, "t_max", 0):
-        sides["the same family without recursion"] = shape.replace(t_max=0)
-    found = [e for name, side in sides.items() for e in at_equal_flops(config, trunk, (name, side), data, show)]
-    found += memory_against_none(config, shape, data, show)
-    return found + specialist_against_longer_trunk(config, trunk, subjects[0], data, show)
+    shape = bench.trunk.config
+    sides = {"the plain family": plain_shape(shape)} | recursion_switched(shape, bench.subjects)
+    found = [e for name, side in sides.items() for e in at_equal_flops(bench, name, side)]
+    found += [recursion_against_none(bench, subject) for subject in bench.subjects if recurses(subject.model)]
+    return [*found, *memory_against_none(bench), specialist_against_longer_trunk(bench, bench.subjects[0])]
 
 
 def plain_shape(shape) -> GPTConfig:
-    """The ``gpt`` of the same width, depth, window and vocabulary."""
-    return GPTConfig(**{k: v for k, v in shape.model_dump().items() if k in GPTConfig.model_fields and k != "family"})
+    """The ``gpt`` of the same width, depth, window and vocabulary, its feed-forward widened to as many parameters."""
+    same = {k: v for k, v in shape.model_dump().items() if k in GPTConfig.model_fields and k != "family"}
+    return widened(GPTConfig(**same), shape.parameters())
+
+
+def widened(shape: GPTConfig, parameters: int) -> GPTConfig:
+    """A shape with the feed-forward width that brings it nearest to so many parameters."""
+    more = round((parameters - shape.parameters()) / (2 * shape.d_model * shape.n_layers))
+    return shape.replace(ffn_hidden=shape.ffn_hidden + more)
+
+
+def recursion_switched(shape, subjects: list[Subject]) -> dict[str, GPTConfig]:
+    """The trunk's shape with its recursion switched the other way: off, or on for as many steps as a specialist's."""
+    if getattr(shape, "t_max", 0):
+        return {"the same family without recursion": shape.replace(t_max=0)}
+    steps = max((getattr(s.model.config, "t_max", 0) for s in subjects), default=0)
+    return {"the same family with recursion": shape.replace(t_max=steps)} if steps else {}
 
 
 def supervised_share(mixture, batches: int = 8) -> float:
@@ -48,100 +133,60 @@ def supervised_share(mixture, batches: int = 8) -> float:
     return sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
 
 
-def at_equal_flops(config, trunk, other: tuple[str, GPTConfig], data: CognateData, show: Show) -> list[Evidence]:
+def at_equal_flops(bench: Bench, name: str, side: GPTConfig) -> list[Evidence]:
     """The trunk against another shape at equal training FLOPs, on the trunk's skills and on text."""
-    name, side = other
-    mixture, length = trunk_mixture(data, config), config.trunk.seq_len
+    config, trunk = bench.config, bench.trunk
+    mixture, length = trunk_mixture(bench.data, config), config.trunk.seq_len
     share = supervised_share(mixture)
     spent = trunk.config.train_flops_per_token(length, share)
     ratio = spent / side.train_flops_per_token(length, share)
     train = config.trunk.replace(steps=round(config.trunk.steps * ratio))
-    model = _train(side, train, mixture, name.removeprefix("the "), show)
+    sides = bench.train(side, train, mixture, name.removeprefix("the ")), trunk
     flops = config.trunk.steps * config.trunk.rows * length * spent
     compute = {"train_flops": flops, "trunk_steps": config.trunk.steps, "other_steps": train.steps}
-    common = {"split": "report", "seeds": (config.trunk.seed,), "compute": compute}
-    problems = report_set(config.trunk_mix, config.evaluation.problems)
-    before, after = (score_problems(m, data.tokenizer, problems) for m in (model, trunk))
-    skill = Evidence.compare(
-        claim=f"the trunk beats {name} at equal training FLOPs (skills)",
-        metric="exact_match",
-        before=before.right,
-        after=after.right,
-        baseline=before.accuracy,
-        chance=chance_of(config.trunk_mix, problems),
-        parent_must_beat_chance=False,
-        **common,
-    )
-    windows = config.evaluation.windows
-    texts = (score_text(m, data.tokenizer, data.report_texts, length, windows).per_window for m in (model, trunk))
-    before, after = texts
-    text = Evidence.compare(
-        claim=f"the trunk beats {name} at equal training FLOPs (text)",
-        metric="bits_per_byte",
-        before=before,
-        after=after,
-        baseline=float(before.mean()),
-        chance=None,
-        higher_is_better=False,
-        **common,
-    )
-    return [skill, text]
+    claim = f"the trunk beats {name} at equal training FLOPs"
+    skill = bench.skill(f"{claim} (skills)", config.trunk_mix, sides, compute)
+    return [skill, bench.text(f"{claim} (text)", sides, compute)]
 
 
-def memory_against_none(config, shape, data: CognateData, show: Show) -> list[Evidence]:
+def recursion_against_none(bench: Bench, subject: Subject) -> Evidence:
+    """A specialist that recurses against its like that does not, both from the trunk, at equal training FLOPs."""
+    plan, shape = subject.plan, subject.model.config
+    train = bench.config.training_of(plan)
+    mixture = specialist_mixture(bench.data, bench.config, plan, train)
+    share, without = supervised_share(mixture), shape.replace(t_max=0)
+    ratio = shape.train_flops_per_token(train.seq_len, share) / without.train_flops_per_token(train.seq_len, share)
+    longer = train.replace(steps=round(train.steps * ratio))
+    other = bench.train(without, longer, mixture, f"{plan.name} without recursion", start=bench.trunk)
+    claim = f"{plan.name} is better with recursion than without, at equal training FLOPs"
+    compute = {"specialist_steps": train.steps, "other_steps": longer.steps}
+    return bench.skill(claim, plan.mix, (other, subject.model), compute)
+
+
+def memory_against_none(bench: Bench) -> list[Evidence]:
     """The memory specialist's data, learned from scratch with and without a memory, tested beyond the window."""
+    config, shape = bench.config, bench.trunk.config
     plan = next((s for s in config.specialists if any(m.family == "far_recall" for m in s.mix)), None)
     if plan is None or not getattr(shape, "memories", ()):
         return []
     train = config.training_of(plan)
     train = train.replace(steps=train.steps + config.trunk.steps // 2)
-    mixture = specialist_mixture(data, config, plan, train)
-    sides = {
-        memory: _train(shape.replace(memory=memory), train, mixture, f"memory {memory}", show)
+    mixture = specialist_mixture(bench.data, config, plan, train)
+    sides = tuple(
+        bench.train(shape.replace(memory=memory), train, mixture, f"memory {memory}")
         for memory in ("none", shape.memory)
-    }
-    part = far_mix(config, sides[shape.memory])
+    )
+    part = far_mix(config, sides[1])
     compute = {"train_tokens": train.steps * train.rows * train.seq_len, "gap_words": part.options["gap"]}
     claim = "trained with a memory, recall beyond the window is better than trained without"
-    return [_skill(claim, (part,), (sides["none"], sides[shape.memory]), data, (config, compute))]
+    return [bench.skill(claim, (part,), sides, compute)]
 
 
-def specialist_against_longer_trunk(config, trunk, subject: Subject, data: CognateData, show: Show) -> list[Evidence]:
+def specialist_against_longer_trunk(bench: Bench, subject: Subject) -> Evidence:
     """The first specialist against the trunk trained on with its own data for as many steps."""
-    train = config.training_of(subject.plan)
-    model = build_model(trunk.config)
-    model.load_state_dict(trunk.state_dict())
-    Trainer(model, trunk_mixture(data, config), train, observer=_shower("trunk trained on", show)).run()
+    train, trunk = bench.config.training_of(subject.plan), bench.trunk
+    mixture = trunk_mixture(bench.data, bench.config)
+    longer = bench.train(trunk.config, train, mixture, "trunk trained on", start=trunk)
     claim = own_claim(subject.plan.name).replace("the trunk", "a trunk trained on for as long")
     compute = {"train_tokens": train.steps * train.rows * train.seq_len}
-    return [_skill(claim, subject.plan.mix, (model, subject.model), data, (config, compute))]
-
-
-def _skill(claim: str, mix: tuple[GymMix, ...], sides: tuple, data: CognateData, run: tuple) -> Evidence:
-    """Exact answers of two models on a mix's report problems."""
-    config, compute = run
-    problems = report_set(mix, config.evaluation.problems)
-    before, after = (score_problems(m, data.tokenizer, problems) for m in sides)
-    return Evidence.compare(
-        claim=claim,
-        metric="exact_match",
-        before=before.right,
-        after=after.right,
-        baseline=before.accuracy,
-        chance=chance_of(mix, problems),
-        parent_must_beat_chance=False,
-        split="report",
-        seeds=(config.trunk.seed,),
-        compute=compute,
-    )
-
-
-def _shower(name: str, show: Show):
-    return lambda info: show(Progress(name, info.step, info.steps))
-
-
-def _train(shape, train: TrainConfig, mixture, name: str, show: Show):
-    torch.manual_seed(train.seed)
-    model = build_model(shape)
-    Trainer(model, mixture, train, observer=_shower(name, show)).run()
-    return model
+    return bench.skill(claim, subject.plan.mix, (longer, subject.model), compute)

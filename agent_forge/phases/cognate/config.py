@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from forgekit.config import Config
 from forgekit.data.gym import FAMILIES
@@ -39,7 +39,16 @@ class GymMix(Config):
         return self
 
 
-Mix = Annotated[tuple[GymMix, ...], Field(min_length=1)]
+def _each_once(mix: tuple[GymMix, ...]) -> tuple[GymMix, ...]:
+    """Scores are told by family and level: two parts that share one would be mixed up."""
+    cells = [(part.family, level) for part in mix for level in part.levels]
+    twice = next((cell for cell in cells if cells.count(cell) > 1), None)
+    if twice:
+        raise ValueError(f"{twice[0]} level {twice[1]} is there twice; name each level of a family once")
+    return mix
+
+
+Mix = Annotated[tuple[GymMix, ...], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class TextPlan(Config):
@@ -64,8 +73,10 @@ class SpecialistPlan(Config):
     """Seed of its data."""
     mix: Mix
     """Its speciality: what it practises and is judged by."""
+    t_max: Annotated[int, Field(ge=0)] | None = None
+    """Recursion steps at most; unset keeps the trunk's."""
     act_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Halting threshold."""
+    """Halting threshold, where the model recurses."""
     memory_capacity: Positive = 4096
     """Memory horizon in tokens."""
     surprise_weight: Share = 0.5
@@ -81,8 +92,8 @@ class SpecialistPlan(Config):
 
     def traits(self) -> dict[str, Any]:
         """The fields of the model configuration that this specialist changes; none of them is a shape."""
-        names = ("act_threshold", "memory_capacity", "surprise_weight", "novelty_weight")
-        return {name: getattr(self, name) for name in names}
+        names = ("t_max", "act_threshold", "memory_capacity", "surprise_weight", "novelty_weight")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class EvaluationPlan(Config):

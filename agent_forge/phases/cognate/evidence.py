@@ -226,13 +226,15 @@ def with_threshold(model, threshold: float):
 
 def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, tables) -> list[Evidence]:
     """Steps saved and accuracy kept on each specialist's own set, and what share of tokens took how many steps."""
-    if not getattr(trunk.config, "t_max", 0):
-        return []
-    texts = report_windows(data, config)
-    skills = report_set(config.trunk_mix, config.evaluation.problems)
-    histogram = {"trunk, its skills": step_histogram(trunk, data, skills), "trunk, text": text_histogram(trunk, texts)}
+    texts, histogram = report_windows(data, config), {}
     found: list[Evidence] = []
+    if recurses(trunk):
+        skills = report_set(config.trunk_mix, config.evaluation.problems)
+        histogram["trunk, its skills"] = step_histogram(trunk, data, skills)
+        histogram["trunk, text"] = text_histogram(trunk, texts)
     for subject in subjects:
+        if not recurses(subject.model):
+            continue
         name = subject.plan.name
         problems = report_set(subject.plan.mix, config.evaluation.problems)
         halted = score_problems(subject.model, data.tokenizer, problems)
@@ -247,8 +249,14 @@ def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, t
         found.append(Evidence.compare(claim=saves, **steps, higher_is_better=False, **common))
         keeps = f"{name} keeps its accuracy when it halts"
         found.append(Evidence.compare(claim=keeps, **kept, chance=chance, **common))
-    tables["act_histogram"] = histogram
+    if histogram:
+        tables["act_histogram"] = histogram
     return found
+
+
+def recurses(model) -> bool:
+    """Whether the model takes recursion steps, and so can halt."""
+    return bool(getattr(model.config, "t_max", 0))
 
 
 def report_windows(data: CognateData, config: CognateConfig) -> torch.Tensor:

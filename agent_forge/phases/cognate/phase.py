@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from agent_forge.phases.cognate.ablation import ablations
+from agent_forge.phases.cognate.ablation import Bench, ablations
 from agent_forge.phases.cognate.card import card
 from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from agent_forge.phases.cognate.data import CognateData, prepare, specialist_mixture, trunk_mixture
@@ -24,8 +24,10 @@ from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
 from forgekit.measure.evidence import Evidence
 from forgekit.models.io import build_model, load_weights
+from forgekit.store import fsio
 from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras, amend_evidence
 from forgekit.train.config import TrainConfig
+from forgekit.train.distributed import agreed, gathered
 from forgekit.train.loop import StepInfo, Trainer
 
 OPTIMIZER_SLOTS = 3
@@ -61,11 +63,12 @@ class CognatePhase(PhaseController):
         context.show(Progress("evidence", 0, 1, "scoring the report split"))
         subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
         torch.manual_seed(config.trunk.seed)
-        evidence, tables = measure(config, build_model(shape), trunk.model, subjects, data)
+        blank = build_model(shape)
+        evidence, tables = agreed(lambda: measure(config, blank, trunk.model, subjects, data))
         if config.ablate:
-            evidence += ablations(config, trunk.model, subjects, data, context.show)
+            evidence += self._ablations(trunk, subjects, data)
         context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
-        self._keep_evidence(evidence, [trunk, *made])
+        agreed(lambda: self._keep_evidence(evidence, [trunk, *made]))
         decision = gate(config, context.profile.gate).decide(evidence)
         seconds = time.perf_counter() - began
         return PhaseResult(
@@ -85,6 +88,14 @@ class CognatePhase(PhaseController):
             config=config.model_dump(mode="json"),
             evidence=evidence,
         )
+
+    def _ablations(self, trunk: Made, subjects: list[Subject], data: CognateData) -> list[Evidence]:
+        """The comparisons that need trainings of their own, each with its checkpoints."""
+        key = self.key("ablations", data.data_hash, trunk.model_id)
+        folder = self._checkpoints("ablations", key)
+        found = ablations(Bench(self.config, data, trunk.model, subjects, self.context.show, folder))
+        agreed(lambda: folder.is_dir() and fsio.remove_tree(folder))
+        return found
 
     def _keep_evidence(self, evidence: list[Evidence], made: list[Made]) -> None:
         """Put into every artifact the claims of the phase that made it."""
@@ -133,13 +144,8 @@ class CognatePhase(PhaseController):
         """Train one model and save it; a finished one of this session is taken as it is."""
         context = self.context
         key = self.key(name, data.data_hash, *parents)
-        found = [
-            r
-            for r in context.storage.registry.search_models(phase=self.name, session_id=context.session_id)
-            if r["metadata"].get("config_hash") == key
-        ]
-        if found:
-            row = found[0]
+        row = agreed(lambda: self._finished(key))
+        if row is not None:
             load_weights(model, context.storage.resolve(row["model_id"]) / "model.safetensors")
             context.show(Progress(name, train.steps, train.steps, "already made"))
             return Made(row["model_id"], model.eval(), row["metadata"]["losses"])
@@ -152,9 +158,19 @@ class CognatePhase(PhaseController):
         if number:
             context.logger.epoch(1, {f"model_{number}/epoch/loss": statistics.fmean(report.losses)})
         lineage = {"parents": parents, "config_hash": key, "data_hash": data.data_hash}
-        model_id = self._save(name, model, train, report.losses, lineage, data)
-        trainer.checkpoints.clear()
-        return Made(model_id, model, report.losses)
+        model = gathered(model, lambda: build_model(model.config))
+
+        def keep() -> str:
+            model_id = self._save(name, model, train, report.losses, lineage, data)
+            trainer.checkpoints.clear()
+            return model_id
+
+        return Made(agreed(keep), model, report.losses)
+
+    def _finished(self, key: str) -> dict[str, Any] | None:
+        """The row of a model that an earlier start of this session finished."""
+        rows = self.context.storage.registry.search_models(phase=self.name, session_id=self.context.session_id)
+        return next((r for r in rows if r["metadata"].get("config_hash") == key), None)
 
     def _checkpoints(self, name: str, key: str) -> Path:
         """Named after everything that decides the result: other data or settings never resume from these."""
@@ -194,7 +210,8 @@ class CognatePhase(PhaseController):
                 "train/tokens_per_second": info.tokens_per_second,
                 "train/grad_norm": info.grad_norm,
             }
-            values |= {k: v for k, v in info.parts.items() if k in ("act/mean_steps", "gate/entropy")}
+            values["act/mean_steps"] = info.parts.get("act/mean_steps", 0.0)  # a model that does not recurse takes none
+            values |= {k: v for k, v in info.parts.items() if k == "gate/entropy"}
             if number:
                 self.context.logger.metrics({f"model_{number}/{k}": v for k, v in values.items()}, step=info.step)
             else:

@@ -77,9 +77,14 @@ def family(name: str, solve: Callable[[str], Trace], chance: float | Callable[[i
     return keep
 
 
+SPLIT_SALT = b"2026-11-21"
+"""Decides which prompts are held out; changes when a report split was looked at while choosing (docs/LOG.md)."""
+
+
 def split_of(prompt: str) -> str:
     """The one split a prompt belongs to (10 % select, 10 % report, the rest train)."""
-    share = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest()) / 2**32
+    digest = hashlib.blake2b(prompt.encode(), digest_size=4, salt=SPLIT_SALT).digest()
+    share = int.from_bytes(digest) / 2**32
     if share < REPORT_SHARE:
         return "report"
     return "select" if share < REPORT_SHARE + SELECT_SHARE else "train"
