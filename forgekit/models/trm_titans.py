@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from forgekit.models.base import Loss, Output, mean_nats, supervised_positions, whole
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.gpt import Block, positions
-from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows
+from forgekit.models.layers import AttentionState, Embedding, RMSNorm, SquaredReLU, linear, select_rows
 from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, TitansMemory
 
 HALT_BIAS = -3.0
@@ -105,7 +105,7 @@ class Refine(nn.Module):
         self.up, self.down = linear(width, hidden), linear(hidden, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(self.norm(x))).square())
+        return self.down(SquaredReLU.apply(self.up(self.norm(x))))
 
 
 class Recursion(nn.Module):

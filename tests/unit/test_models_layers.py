@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forgekit.models import layers
 from forgekit.models.layers import (
     EMPTY,
     Attention,
     AttentionShape,
     Embedding,
+    SquaredReLU,
     attend_blocks,
     attend_masked,
     linear,
@@ -68,8 +70,10 @@ def test_attention_is_the_written_out_formula(window, T, qk_norm, conv):
     torch.testing.assert_close(out, reference(layer, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("small", [0, 64], ids=["fused", "written out"])
 @pytest.mark.parametrize("W, n", [(1, 5), (3, 2), (4, 4)])
-def test_attention_in_blocks_equals_masked_full_attention_with_its_gradients(W, n):
+def test_attention_in_blocks_equals_masked_full_attention_with_its_gradients(W, n, small, monkeypatch):
+    monkeypatch.setattr(layers, "SMALL_WINDOW", small)
     q, k, v = (torch.randn(2, 3, W * n, 4, requires_grad=True) for _ in range(3))
     gap = torch.arange(W * n)[:, None] - torch.arange(W * n)
     full = F.scaled_dot_product_attention(q, k, v, attn_mask=(gap >= 0) & (gap < W))
@@ -107,6 +111,12 @@ def test_ragged_rows_go_on_as_if_each_were_alone(window, lengths, follow, conv):
     for row, n in enumerate(lengths):
         own = torch.cat([x[row : row + 1, :n], x[row : row + 1, 6:]], dim=1)
         torch.testing.assert_close(out[row : row + 1], reference(layer, own)[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_squared_relu_is_the_square_with_its_gradient():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(SquaredReLU.apply(x), F.relu(x).square())
+    assert torch.autograd.gradcheck(SquaredReLU.apply, x + 0.1 * x.sign().detach())
 
 
 def test_rows_that_see_nothing_give_zeros():
