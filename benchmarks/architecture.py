@@ -1,4 +1,7 @@
-"""``trm_titans`` against the plain ``gpt`` at equal tokens and parameters, and what its parts are worth."""
+"""``trm_titans`` against the plain ``gpt`` at equal tokens and parameters, and what its parts are worth.
+
+Whatever a part costs in parameters the feed-forward of the others gets, so that all sides are of one size.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from agent_forge.phases.cognate.ablation import plain_shape
+from agent_forge.phases.cognate.ablation import plain_shape, widened
 from agent_forge.phases.cognate.data import trunk_mixture
 from agent_forge.phases.cognate.evidence import report_set
 from benchmarks.common import mean_and_spread, publish, setup, tell
@@ -17,28 +20,22 @@ from forgekit.measure.stats import paired_bootstrap
 from forgekit.models.io import build_model
 from forgekit.train.loop import Trainer
 
-STEPS, SEEDS, WINDOWS = 140, (1, 2), 256
-
-
-def matched(shape):
-    """The plain family with its feed-forward widened until it has as many parameters."""
-    plain = plain_shape(shape)
-    per_unit = 2 * plain.d_model * plain.n_layers
-    return plain.replace(ffn_hidden=plain.ffn_hidden + round((shape.parameters() - plain.parameters()) / per_unit))
+SEEDS, WINDOWS = (1, 2, 3), 256
 
 
 def main() -> None:
     """Measure and publish."""
     profile, shape, data = setup()
     config = profile.phase("cognate")
-    train = config.trunk.replace(steps=STEPS, checkpoint_every=0)
+    train, size = config.trunk.replace(checkpoint_every=0), shape.parameters()
     problems = report_set(config.trunk_mix, 60, split="select")
     sides = {
-        "gpt, equal parameters": matched(shape),
+        "gpt": plain_shape(shape),
         "trm_titans (nano)": shape,
-        "trm_titans, no recursion": shape.replace(t_max=0),
-        "trm_titans, no memory": shape.replace(memory="none"),
-        "trm_titans, decay memory": shape.replace(memory="decay"),
+        "with recursion (2 steps)": shape.replace(t_max=2),
+        "without memory": widened(shape.replace(memory="none"), size),
+        "without short convolutions": widened(shape.replace(conv=False), size),
+        "with decay memory": widened(shape.replace(memory="decay"), size),
     }
     rows, windows_by_side = [], {}
     for name, side in sides.items():
@@ -57,11 +54,11 @@ def main() -> None:
         tell(f"{name}: {means} bits per byte, {mean_and_spread(right)} exact")
         flops = f"{side.flops_per_token(train.seq_len) / 1e6:.2f}"
         cells = [name, f"{side.parameters():,}", flops, means, mean_and_spread(right), f"{np.mean(seconds):.0f}"]
-        gap, low, high = paired_bootstrap(windows_by_side["gpt, equal parameters"], windows_by_side[name])
+        gap, low, high = paired_bootstrap(windows_by_side["gpt"], windows_by_side[name])
         rows.append([*cells, f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"])
     notes = [
-        f"{STEPS} steps of {train.rows} x {train.seq_len} tokens, seeds {SEEDS} (initialisation and data), mean ± "
-        f"standard deviation; bits per byte on {WINDOWS} windows of held-out text a seed, with the paired bootstrap "
+        f"nano's whole trunk training, {train.steps} steps of {train.rows} x {train.seq_len} tokens, seeds {SEEDS} "
+        f"(initialisation and data), mean ± standard deviation; bits per byte on {WINDOWS} windows of held-out text a seed, with the paired bootstrap "
         "interval over windows of the difference to the plain family; exact answers on the trunk's skills, "
         "select split.",
         "Target: trm_titans not above gpt at equal parameters, or the default says otherwise.",

@@ -12,6 +12,7 @@ ALL = (
     "optimizer_quality",
     "architecture",
     "cognate_ablation",
+    "cognate_targets",
 )
 
 
