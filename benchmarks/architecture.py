@@ -58,7 +58,8 @@ def main() -> None:
         rows.append([*cells, f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"])
     notes = [
         f"nano's whole trunk training, {train.steps} steps of {train.rows} x {train.seq_len} tokens, seeds {SEEDS} "
-        f"(initialisation and data), mean ± standard deviation; bits per byte on {WINDOWS} windows of held-out text a seed, with the paired bootstrap "
+        f"(initialisation and data), mean ± standard deviation; bits per byte on {WINDOWS} windows of held-out text a "
+        "seed, with the paired bootstrap "
         "interval over windows of the difference to the plain family; exact answers on the trunk's skills, "
         "select split.",
         "Target: trm_titans not above gpt at equal parameters, or the default says otherwise.",

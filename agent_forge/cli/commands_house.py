@@ -82,7 +82,9 @@ def clean(
     context: typer.Context,
     age: Annotated[int | None, typer.Option(help="Remove sessions older than this many days.")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Remove all failed sessions.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all sessions but running ones.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove all sessions but the newest and running ones.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Remove old sessions: by the policy (30 days, 7 when failed, 100 at most), or as told. Running ones stay."""

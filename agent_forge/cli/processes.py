@@ -1,18 +1,22 @@
-"""One command in several processes, as ``torchrun`` starts them: the first speaks, an error is told once."""
+"""One command in several processes, as ``torchrun`` starts them: the first speaks, and an error is told."""
 
 from __future__ import annotations
 
 import os
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+GRACE = 10.0
+"""Seconds that a process which met an error waits for the first one to tell it: torchrun ends all when one leaves."""
 
 
 @contextmanager
 def together() -> Iterator[bool]:
     """Join the announced process group, if any; gives whether this process is the one that speaks.
 
-    The others leave without a word where the first one says what went wrong.
+    An error of all processes is told by the first one. One that only another process met is told by that one, after
+    a while in which the first, had it met it too, would have ended them all.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
@@ -25,6 +29,8 @@ def together() -> Iterator[bool]:
         try:
             yield rank == 0
         except ForgeError as error:
-            if rank == 0:
-                raise
-            sys.exit(error.exit_code)
+            if rank:
+                time.sleep(GRACE)
+                where = f"process {rank}: {error.where}" if error.where else f"process {rank}"
+                raise type(error)(error.what, where=where, remedy=error.remedy) from error
+            raise

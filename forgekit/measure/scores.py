@@ -33,12 +33,14 @@ class ProblemScores:
         nats: mean cross-entropy per answer token.
         steps: mean recursion steps per answer token (zeros for families without adaptive computation).
         tokens: answer tokens, the end token included.
+        tokens_by_steps: how many answer tokens of all problems took 0, 1, 2, ... steps.
     """
 
     right: np.ndarray
     nats: np.ndarray
     steps: np.ndarray
     tokens: np.ndarray
+    tokens_by_steps: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -64,20 +66,22 @@ def score_problems(model, tokenizer, problems: list[Problem], batch_tokens: int 
     device = next(model.parameters()).device
     columns = np.zeros((4, len(problems)))
     order = np.argsort(source.size, kind="stable")
-    was_training, at = model.training, 0
+    was_training, at, taken = model.training, 0, np.zeros(1, dtype=np.int64)
     model.eval()
     with torch.inference_mode():
         while at < len(order):
             widest = int(source.size[order[at : at + max(1, batch_tokens // int(source.size[order[at]]))]].max())
             chosen = order[at : at + max(1, batch_tokens // widest)]
-            columns[:, chosen] = _score_rows(model, source, chosen, device)
+            columns[:, chosen], steps = _score_rows(model, source, chosen, device)
+            longer, shorter = sorted((taken, np.bincount(steps)), key=len, reverse=True)
+            taken = longer + np.pad(shorter, (0, len(longer) - len(shorter)))
             at += len(chosen)
     model.train(was_training)
-    return ProblemScores(*columns)
+    return ProblemScores(*columns, taken)
 
 
-def _score_rows(model, source: ProblemSource, chosen: np.ndarray, device: torch.device) -> np.ndarray:
-    """(4, B): right, nats, steps, tokens of the chosen problems."""
+def _score_rows(model, source: ProblemSource, chosen: np.ndarray, device: torch.device):
+    """(4, B): right, nats, steps, tokens of the chosen problems; and the steps (N,) of each answer token."""
     length = int(source.size[chosen].max())
     ids = np.full((len(chosen), length), source.pad, dtype=np.int64)
     labels = np.full((len(chosen), length), IGNORE, dtype=np.int64)
@@ -100,7 +104,7 @@ def _score_rows(model, source: ProblemSource, chosen: np.ndarray, device: torch.
         torch.zeros(len(chosen), dtype=torch.float64, device=device).index_add_(0, row_N, v) for v in values
     )
     rows = ((wrong_B == 0).double(), nats_B / tokens_B, steps_B / tokens_B, tokens_B)
-    return torch.stack(rows).cpu().numpy()
+    return torch.stack(rows).cpu().numpy(), steps_N.cpu().numpy()
 
 
 @dataclass(frozen=True)

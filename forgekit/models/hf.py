@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple
 from forgekit.config import Config
 from forgekit.errors import ArtifactError
 from forgekit.hub import first_line, forge_config_class
-from forgekit.models.base import Loss, Output, supervised_positions
+from forgekit.models.base import Loss, Output, mean_nats, supervised_positions
 from forgekit.models.config import MODEL_CONFIGS
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model
@@ -277,7 +277,7 @@ class HFCausalLM(nn.Module):
         """Mean next-token cross-entropy over supervised positions (``labels`` are already shifted)."""
         pick = supervised_positions(labels_BT)
         logits_NV = self.hf(input_ids=input_ids_BT, use_cache=False).logits.flatten(0, 1)[pick]
-        nats = F.cross_entropy(logits_NV.float(), labels_BT.reshape(-1)[pick])
+        nats = mean_nats(logits_NV, labels_BT.reshape(-1)[pick])
         return Loss(nats, nats.detach(), pick.numel())
 
     def flops_per_token(self, context: int) -> float:

@@ -172,11 +172,10 @@ class Attention(nn.Module):
         T, W = q.shape[2], self.shape.window
         if W == 0 or T <= W:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        if T % W == 0:
-            return attend_blocks(q, k, v, W)
-        i = torch.arange(T, device=q.device)
-        gap = i[:, None] - i
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(gap >= 0) & (gap < W))
+        pad = -T % W  # what follows the last token is seen by none before it
+        if pad:
+            q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        return attend_blocks(q, k, v, W)[:, :, :T]
 
     def _attend_segment(self, q, k, v, pos_BT, state, lengths_B):
         """Several new tokens after a state: see ring and segment together, keep each row's last W."""

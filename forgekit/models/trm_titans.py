@@ -260,7 +260,8 @@ class TRMTitans(nn.Module):
             halt_N = recursion.halting(z.detach(), teacher=False)
             total = total + weight / sum(weights) * nats
             missed = F.binary_cross_entropy_with_logits(halt_N, right_N, reduction="sum") / max(1, target_N.numel())
-            total = total + config.act_weight * missed / config.t_max
+            # Only the head hears this, and AdamW does not mind its size; but clipping looks at all gradients together.
+            total = total + config.act_weight * missed / (config.t_max * HALT_SPEED)
             stop = (halt_N.detach().sigmoid() >= config.act_threshold) & (halted_at == config.t_max)
             halted_at = torch.where(stop, t, halted_at)
         return total, nats, {"act/mean_steps": halted_at.float().mean(), "token_accuracy": right_N.mean()}

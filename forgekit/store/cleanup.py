@@ -74,7 +74,7 @@ class SessionCleanupManager:
         return self._remove_where(_failed, "failed")
 
     def clean_all(self) -> CleanupReport:
-        """Remove everything but the current session and those that run."""
+        """Remove everything but the current session (the newest) and those that run."""
         current = self.registry.get_current_session()
         keep = current["session_id"] if current else None
         return self._remove_where(lambda row: row["session_id"] != keep, "all but the current session")

@@ -45,7 +45,7 @@ COGNATE: tuple[Row, ...] = (
     ("model_{1,2,3}/train/tokens_per_second", "tokens/s", "step", "training throughput"),
     ("model_{1,2,3}/train/grad_norm", "1", "step", "gradient norm before clipping"),
     ("model_{1,2,3}/act/mean_steps", "steps/token", "step", "thinking steps taken before halting, on average"),
-    ("model_{1,2,3}/gate/entropy", "nats", "step", "entropy of the memory gate: 0 when it always decides alike"),
+    ("model_{1,2,3}/gate/entropy", "bits", "step", "entropy of the memory gate: 0 when it always decides alike"),
     ("phase/num_models_created", "models", "phase", "models that were finished"),
     ("phase/total_parameters", "parameters", "phase", "parameters of all models together"),
     ("phase/avg_final_loss", "nats/token", "phase", "mean of the models' final losses"),

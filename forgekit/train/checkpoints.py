@@ -2,14 +2,16 @@
 
 A checkpoint is a folder with ``state.safetensors`` (model, optimizer, averaged weights, random states) and
 ``state.json`` (counters, options, hash of the tensors; written last). Nothing is pickled. A folder without a
-valid ``state.json`` is unfinished and ignored. With several processes the first one writes full tensors and all
-read them, so a run may go on with any number of processes.
+valid ``state.json`` is unfinished and ignored. With several processes the first one writes full tensors, or (sharded)
+each its own rows to a file of its own; either way a run may go on with any number of processes.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 from forgekit.errors import ArtifactError, ResourceError
 from forgekit.models.base import local, placed_like, whole
 from forgekit.store import fsio
-from forgekit.train.distributed import sum_over_processes, world
+from forgekit.train.distributed import agreed, from_all, world
+from forgekit.train.sharded import Parts, write_part
 
 SCHEMA = 1
 
@@ -50,34 +53,58 @@ class CheckpointManager:
     Args:
         folder: where they live; made when the first is saved.
         keep: how many of the newest stay.
+        sharded: every process writes its own part.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: Path | str, keep: int = 2, sharded: bool = False) -> None:
+        self.folder, self.keep, self.sharded = Path(folder), keep, sharded
 
     def save_checkpoint(self, state: TrainState, metadata: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint named after its step; older ones beyond ``keep`` go afterwards.
 
-        All processes of a group must call it together; the first one writes.
+        All processes of a group must call it together.
 
         Raises:
             ResourceError: disk full (after the old checkpoints were given up for it), or no permission.
         """
         path = self.folder / f"step-{state.position['step']:08d}"
-        tensors, failure = _pack(state), None
-        if world()[0] == 0:
-            try:
-                self._write(path, tensors, state.position, metadata or {})
-            except ResourceError as error:
-                failure = error
-        if sum_over_processes(float(failure is not None)):
-            raise failure or ResourceError(
-                "the first process could not write a checkpoint", where=str(self.folder), remedy="see its message"
-            )
+        tensors = _tensors(state)
+        need = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self.sharded:
+            self._write_sharded(path, need, state, metadata or {})
+            return path
+        full = _whole(tensors)
+
+        def write() -> None:
+            work = self._prepare(path, need)
+            with self._or_nothing(work, need):
+                save_file(full, str(work / "state.safetensors"))
+                fsio.sync_file(work / "state.safetensors")
+                digest = fsio.sha256_file(work / "state.safetensors")
+                self._finish(path, work, _record(state, metadata or {}, sha256=digest))
+
+        agreed(write)
         return path
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], position: dict, metadata: dict) -> None:
-        need = sum(t.numel() * t.element_size() for t in tensors.values())
+    def _write_sharded(self, path: Path, need: int, state: TrainState, metadata: dict) -> None:
+        """Every process writes its file into one unfinished folder; the first one finishes it."""
+        work = agreed(lambda: self._prepare(path, need))
+        try:
+            part, failure = write_part(work, _tensors(state)), None
+        except ResourceError as error:
+            part, failure = None, error
+        parts, failures = from_all(part), [f for f in from_all(failure) if f is not None]
+
+        def finish() -> None:
+            with self._or_nothing(work, need):
+                if failures:
+                    raise failures[0]
+                self._finish(path, work, _record(state, metadata, parts=parts))
+
+        agreed(finish)
+
+    def _prepare(self, path: Path, need: int) -> Path:
+        """Room, and an unfinished folder to write to."""
         fsio.make_folder(self.folder)
         fsio.sweep_unfinished(self.folder)
         # Newer ones belong to a course that was given up (unreadable, or before a start from scratch): they must
@@ -87,24 +114,25 @@ class CheckpointManager:
             self._drop(keep=1)
         work = fsio.temporary_for(path)
         with fsio.disk_errors(self.folder, need):
+            work.mkdir()
+        return work
+
+    @contextmanager
+    def _or_nothing(self, work: Path, need: int) -> Iterator[None]:
+        """Leave nothing behind when writing fails."""
+        with fsio.disk_errors(self.folder, need):
             try:
-                work.mkdir()
-                save_file(tensors, str(work / "state.safetensors"))
-                fsio.sync_file(work / "state.safetensors")
-                record = {
-                    "schema": SCHEMA,
-                    "sha256": fsio.sha256_file(work / "state.safetensors"),
-                    "position": position,
-                    "python_random": _jsonable(random.getstate()),
-                    "metadata": metadata,
-                }
-                fsio.write_synced(work / "state.json", json.dumps(record).encode())
-                old = fsio.set_aside(path)
-                work.rename(path)
+                yield
             except BaseException:
                 if work.exists():
                     fsio.remove_tree(work)
                 raise
+
+    def _finish(self, path: Path, work: Path, record: dict[str, Any]) -> None:
+        """The record last, then the folder's name; older checkpoints beyond ``keep`` go."""
+        fsio.write_synced(work / "state.json", json.dumps(record).encode())
+        old = fsio.set_aside(path)
+        work.rename(path)
         fsio.fsync_dir(self.folder)
         if old is not None:
             fsio.remove_tree(old)
@@ -129,8 +157,11 @@ class CheckpointManager:
         set_random_states({**states, "torch": tensors["random.torch"], "cuda": tensors.get("random.cuda")})
         return record["metadata"]
 
-    def load_latest(self, state: TrainState) -> tuple[Path | None, list[str]]:
-        """Restore the newest readable checkpoint.
+    def load_latest(self, state: TrainState, proven: bool = False) -> tuple[Path | None, list[str]]:
+        """Restore the newest checkpoint that every process of the group can read.
+
+        Args:
+            proven: pass over those that an interruption left.
 
         Returns:
             its path (None when there is none), and one line per newer checkpoint that could not be read.
@@ -139,12 +170,16 @@ class CheckpointManager:
             ArtifactError: there are checkpoints, but none can be read.
         """
         problems: list[str] = []
-        for path in reversed(self.checkpoints()):
+        for path in reversed(agreed(lambda: [p for p in self.checkpoints() if not proven or _proven(p)])):
+            problem = ""
             try:
                 self.load_checkpoint(path, state)
-                return path, problems
             except ArtifactError as error:
-                problems.append(str(error))
+                problem = str(error)
+            told = [line for line in from_all(problem) if line]
+            if not told:
+                return path, problems
+            problems.append(problem or told[0])
         if problems:
             raise ArtifactError(
                 f"no readable checkpoint ({problems[0]})", where=str(self.folder), remedy="delete it to train anew"
@@ -156,8 +191,10 @@ class CheckpointManager:
         self._drop(keep=0)
 
     def _drop(self, keep: int) -> None:
+        """Keep the newest ``keep`` and, of those that an interruption left, only the newest of all."""
         paths = self.checkpoints()
-        _remove(paths[: max(0, len(paths) - keep)])
+        kept = {*[p for p in paths if _proven(p)][-keep:], paths[-1]} if keep and paths else set()
+        _remove([p for p in paths if p not in kept])
 
 
 def random_states() -> dict[str, Any]:
@@ -175,6 +212,14 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def _proven(path: Path) -> bool:
+    """Whether the loss of the step after it was seen and good; one that cannot be read counts, to be told later."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))["metadata"].get("reason") != "interrupted"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
 def _remove(paths: list[Path]) -> None:
     for path in paths:
         aside = fsio.set_aside(path)
@@ -182,11 +227,14 @@ def _remove(paths: list[Path]) -> None:
             fsio.remove_tree(aside)
 
 
-def _pack(state: TrainState) -> dict[str, Tensor]:
-    """All tensors by flat name; empty on all processes but the first.
+def _record(state: TrainState, metadata: dict[str, Any], **files: Any) -> dict[str, Any]:
+    """What ``state.json`` says; ``files`` is the hash of the one file, or the parts."""
+    python = _jsonable(random.getstate())
+    return {"schema": SCHEMA, **files, "position": state.position, "python_random": python, "metadata": metadata}
 
-    Clones break the sharing that safetensors refuses.
-    """
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """All tensors by flat name, sharded ones as they are."""
     tensors = {f"model.{name}": t for name, t in state.model.state_dict().items()}
     for name, p in state.model.named_parameters():
         for key, value in state.optimizer.state.get(p, {}).items():
@@ -198,6 +246,11 @@ def _pack(state: TrainState) -> dict[str, Tensor]:
     tensors["random.numpy"] = torch.from_numpy(np.concatenate([keys.astype(np.float64), [at, has_gauss, gauss]]))
     if states["cuda"] is not None:
         tensors["random.cuda"] = states["cuda"]
+    return tensors
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full tensors on the CPU; empty on all processes but the first. Clones break the sharing safetensors refuses."""
     packed = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())  # where sharded, all processes must take part
@@ -206,15 +259,17 @@ def _pack(state: TrainState) -> dict[str, Tensor]:
     return packed
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     remedy = "resume from an older checkpoint or train anew"
     try:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if record["schema"] > SCHEMA:
             raise ArtifactError("written by a newer version", where=str(path), remedy="upgrade agent-forge")
-        if fsio.sha256_file(path / "state.safetensors") != record["sha256"]:
-            raise ArtifactError("the tensors are truncated or altered", where=str(path), remedy=remedy)
-        tensors = load_file(str(path / "state.safetensors"))
+        parts = record.get("parts")
+        for part in parts or [{"file": "state.safetensors", "sha256": record.get("sha256")}]:
+            if fsio.sha256_file(path / part["file"]) != part["sha256"]:
+                raise ArtifactError("the tensors are truncated or altered", where=str(path), remedy=remedy)
+        tensors = Parts(path, parts) if parts else load_file(str(path / "state.safetensors"))
         # A record without these is as unreadable as a truncated one.
         record["position"]["step"], record["python_random"], record["metadata"], tensors["random.numpy"]
         return record, tensors
@@ -222,34 +277,38 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArtifactError(f"unreadable checkpoint ({type(error).__name__})", where=str(path), remedy=remedy) from None
 
 
-def _unpack(state: TrainState, tensors: dict[str, Tensor], path: Path) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _unpack(state: TrainState, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Fill the state; of a sharded checkpoint one tensor at a time is whole."""
+
+    def shape_of(name: str) -> tuple[int, ...]:
+        return tensors.shape(name) if isinstance(tensors, Parts) else tuple(tensors[name].shape)
 
     def fill(target: Tensor, full: Tensor) -> None:
         local(target).copy_(local(placed_like(full.to(target.device), target)))
 
-    own, found = state.model.state_dict(), part("model.")
-    shapes, stored = ({name: tuple(t.shape) for name, t in side.items()} for side in (own, found))
+    own = state.model.state_dict()
+    shapes = {name: tuple(t.shape) for name, t in own.items()}
+    stored = {name.removeprefix("model."): shape_of(name) for name in tensors if name.startswith("model.")}
     if shapes != stored:
         # Told before anything is touched: a half-filled model would be worse than none.
         name = next(n for n in sorted({*shapes, *stored}) if shapes.get(n) != stored.get(n))
         reason = f"{name} is {stored.get(name, 'missing')} in it and {shapes.get(name, 'unknown')} here"
         raise ArtifactError(f"belongs to another model ({reason})", where=str(path), remedy="train anew")
-    parameters, averages = dict(state.model.named_parameters()), part("average.")
+    parameters = dict(state.model.named_parameters())
     with torch.no_grad():
         for name, target in own.items():
-            fill(target, found[name])
+            fill(target, tensors[f"model.{name}"])
         state.optimizer.state.clear()
-        for flat, tensor in part("optimizer.").items():
-            key, name = flat.split(".", 1)
-            p = parameters[name]
+        for flat in (name for name in tensors if name.startswith("optimizer.")):
+            _, key, name = flat.split(".", 2)
+            p, tensor = parameters[name], tensors[flat]
             # A copy: what was read is mapped from the file, whose space could else not be given back.
             own_copy = tensor.clone() if key == "step" else tensor.to(p.device, copy=True)
             state.optimizer.state[p][key] = placed_like(own_copy, p) if tensor.shape == p.shape else own_copy
         for name, average in (state.average or {}).items():
             # Averaging switched on after this checkpoint starts from its weights.
-            fill(average, averages.get(name, found.get(name)))
+            kept = f"average.{name}" if f"average.{name}" in tensors else f"model.{name}"
+            fill(average, tensors[kept])
 
 
 def _jsonable(value: Any) -> Any:

@@ -49,6 +49,8 @@ class TrainConfig(Config):
     """Steps between checkpoints; 0 keeps none."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept."""
+    checkpoints: Literal["whole", "sharded"] = "whole"
+    """Written by the first process, or by every process its own part: for models that no single one should hold."""
     log_every: Positive = 10
     """Steps between logged metrics."""
     recoveries: Annotated[int, Field(ge=0)] = 3

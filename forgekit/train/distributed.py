@@ -77,6 +77,16 @@ def gathered(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     return full.to(next(iter(model.parameters())).device).train(model.training)
 
 
+def from_all(value: T) -> list[T]:
+    """What every process gives, in the order of the processes."""
+    size = world()[1]
+    if size == 1:
+        return [value]
+    values: list = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def threads_here(threads: int) -> int:
     """This process's part of the machine's threads, which the processes of one machine divide among them."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world()[1] > 1 else 1

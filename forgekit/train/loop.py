@@ -24,7 +24,7 @@ from torch import nn
 from forgekit.compute.budget import BatchPlan
 from forgekit.compute.ladder import is_out_of_memory, next_plan
 from forgekit.data.batches import Batch
-from forgekit.errors import ArtifactError, ConfigError, DataError, ResourceError, TrainingError
+from forgekit.errors import ArtifactError, DataError, ResourceError, TrainingError
 from forgekit.train.checkpoints import CheckpointManager, TrainState, random_states, set_random_states
 from forgekit.train.config import TrainConfig, lr_factor
 from forgekit.train.distributed import (
@@ -36,7 +36,7 @@ from forgekit.train.distributed import (
     world,
 )
 from forgekit.train.muon_grokfast import MuonGrokfast
-from forgekit.train.setup import autocast_dtype, choose_plan, training_device
+from forgekit.train.setup import autocast_dtype, check_rows, choose_plan, training_device
 
 
 class BatchSource(Protocol):
@@ -119,9 +119,10 @@ class Trainer:
             self.plan = self.plan.replace(micro_batch=least_over_processes(self.plan.micro_batch))
         self.optimizer = MuonGrokfast(self.model.named_parameters(), config.optimizer, self.model)
         average = {n: self.optimizer.trained(p).detach().clone() for n, p in self.model.named_parameters()}
-        position = {"step": 0, "tokens": 0, "scale": 1.0, "losses": [], "recoveries": 0}
+        position = {"step": 0, "tokens": 0, "scale": 1.0, "losses": [], "recoveries": 0, "plan": None}
         self.state = TrainState(self.model, self.optimizer, average if config.ema else None, position)
-        self.checkpoints = CheckpointManager(folder, config.keep_checkpoints) if folder else None
+        sharded = config.checkpoints == "sharded"
+        self.checkpoints = CheckpointManager(folder, config.keep_checkpoints, sharded) if folder else None
         self._good: tuple[dict, dict, dict | None, dict] | None = None
         self._whole = True  # False while an update is half done and must not be saved
         self._random: dict[str, Any] = {}
@@ -183,7 +184,16 @@ class Trainer:
             self._recent.extend(self.state.position["losses"][-100:])
             self._kept = self.state.position["step"]
             self._event("train_resumed", step=self.state.position["step"], checkpoint=path.name)
+            self._resume_plan()
         return self.state.position["step"]
+
+    def _resume_plan(self) -> None:
+        """Cut batches as before the interruption: another cut sums in another order and gives other bits."""
+        kept, here = self.state.position.get("plan"), self.plan.device
+        if kept and kept["world"] == world()[1] and kept["plan"]["device"] == here:
+            self.plan = BatchPlan(**kept["plan"])
+        elif kept:
+            self._event("train_plan_changed", was=kept, now=self.plan.model_dump(), world=world()[1])
 
     def _step(self, batch: Batch, started: float, begun: int) -> None:
         """One optimizer step, or one descent after a divergence."""
@@ -290,12 +300,7 @@ class Trainer:
     def _check(self, batch: Batch, size: int) -> None:
         if not batch.supervised:
             raise DataError("a batch has no supervised token", where="data", remedy="check the labels of the source")
-        rows = len(batch.inputs)
-        if rows < size or (self._sharded and rows % size):
-            rule = "a multiple of" if self._sharded else "at least"
-            raise ConfigError(
-                f"{rows} rows cannot be shared by {size} processes", where="train.rows", remedy=f"use {rule} {size}"
-            )
+        check_rows(len(batch.inputs), self._sharded, size)
 
     def _average(self) -> None:
         """Move the averages. The decay warms up, else short runs would end near their random start."""
@@ -342,8 +347,12 @@ class Trainer:
         self._event("train_diverged", step=step, loss=loss, back_to=position["step"], rate_scale=scale)
 
     def _restore_good(self) -> None:
-        """The newest checkpoint on disk, else the snapshot in memory (the start, before the first checkpoint)."""
-        if self.checkpoints is not None and self.checkpoints.load_latest(self.state)[0] is not None:
+        """The newest checkpoint on disk, else the snapshot in memory (the start, before the first checkpoint).
+
+        One that an interruption left is passed over: its next loss was not known yet, and a run that was not
+        interrupted would not have it.
+        """
+        if self.checkpoints is not None and self.checkpoints.load_latest(self.state, proven=True)[0] is not None:
             return
         if self._good is None:
             raise ArtifactError("its checkpoints are gone", where=str(self.checkpoints.folder), remedy="train anew")
@@ -369,6 +378,7 @@ class Trainer:
             return
         now = random_states()
         set_random_states(self._random)
+        self.state.position["plan"] = {"plan": self.plan.model_dump(), "world": world()[1]}
         self.checkpoints.save_checkpoint(self.state, {"reason": reason})
         set_random_states(now)
         self._good = None  # the disk has it now: give its memory back

@@ -8,6 +8,7 @@ from torch import nn
 from forgekit.compute.budget import BatchPlan, plan_batch, training_bytes
 from forgekit.compute.device import detect_device
 from forgekit.compute.manager import ComputeManager
+from forgekit.errors import ConfigError
 from forgekit.models.base import parameter_count
 from forgekit.train.config import TrainConfig
 
@@ -15,6 +16,19 @@ from forgekit.train.config import TrainConfig
 def training_device(prefer: str) -> torch.device:
     """The device to train on (see :func:`forgekit.compute.device.detect_device`)."""
     return detect_device(prefer)
+
+
+def check_rows(rows: int, sharded: bool, size: int) -> None:
+    """Refuse a batch that ``size`` processes cannot share.
+
+    Raises:
+        ConfigError: fewer rows than processes; or, sharded, rows that are no multiple of them.
+    """
+    if rows < size or (sharded and rows % size):
+        rule = "a multiple of" if sharded else "at least"
+        raise ConfigError(
+            f"{rows} rows cannot be shared by {size} processes", where="train.rows", remedy=f"use {rule} {size}"
+        )
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -77,6 +77,32 @@ def losses(session: Path) -> dict[str, list[float]]:
     return {e["data"]["name"]: e["data"]["losses"] for e in events if e["kind"] == "trained"}
 
 
+ALONE = """
+import sys
+import torch.distributed as dist
+from agent_forge.cli import processes
+from forgekit.errors import ForgeError, ResourceError
+processes.GRACE = 0.5
+try:
+    with processes.together() as leads:
+        if leads:
+            dist.barrier()
+        raise ResourceError("memory is too small", where="train", remedy="buy some")
+except ForgeError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_an_error_that_only_a_later_process_meets_is_told_by_it(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE, encoding="utf-8")
+    command = [*TORCHRUN, "alone.py"]
+    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment(**paths), capture_output=True, text=True, timeout=120)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and told == ["error: process 1: train: memory is too small; buy some"], done.stderr
+
+
 def test_an_error_is_told_by_one_process(pair, tmp_path):
     done = torchrun("run", "--profile", pair / "sharded.toml", "--until", "evomerg", cwd=tmp_path)
     told = [line for line in done.err.splitlines() if line.startswith("error: ")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny import Echo, made, train_config, trainer, trm_config
 
+from forgekit.errors import ArtifactError
 from forgekit.models.base import whole
 from forgekit.train import distributed
 from forgekit.train.checkpoints import CheckpointManager
@@ -32,6 +34,8 @@ CASES = {
     "poisoned": {**BASE, "checkpoint_every": 3, "poison": 8, "folder": "poisoned"},
     "write": {**BASE, "steps": 6, "checkpoint_every": 6, "folder": "write"},
     "read": {**BASE, "folder": "one"},
+    "write parts": {**BASE, "steps": 6, "checkpoint_every": 6, "folder": "parts", "checkpoints": "sharded"},
+    "read parts": {**BASE, "folder": "parts", "checkpoints": "sharded"},
 }
 
 
@@ -100,7 +104,21 @@ def helpers(rank: int) -> list:
     return [
         a.grad.tolist(), b.grad.tolist(), c.grad is None, largest[0].tolist(),
         distributed.least_over_processes(7 - rank), distributed.sum_over_processes(rank + 0.5),
+        distributed.from_all(rank), distributed.agreed(lambda: f"said by {rank}"), refused(rank),
     ]  # fmt: skip
+
+
+def refused(rank: int) -> str:
+    """What every process hears of an error in the first one."""
+
+    def fail() -> None:
+        raise ArtifactError(f"broke in {rank}", where="here", remedy="mend it")
+
+    try:
+        distributed.agreed(fail)
+    except ArtifactError as error:
+        return distributed.from_all(str(error))[1]
+    return "nothing"
 
 
 def launch(folder: Path, names: list[str], parallel: str) -> dict:
@@ -131,7 +149,9 @@ def launch(folder: Path, names: list[str], parallel: str) -> dict:
 def alone(tmp_path_factory):
     """What one process makes of every case."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: outcome(prepared(case, folder)) for name, case in CASES.items() if name not in ("read", "write")}
+    return {
+        name: outcome(prepared(case, folder)) for name, case in CASES.items() if not name.startswith(("read", "write"))
+    }
 
 
 @pytest.fixture(scope="module", params=["replicate", "fsdp"])
@@ -182,9 +202,42 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one(alone, together):
     close(result, alone["calm"])
 
 
+def test_parts_written_by_two_processes_are_continued_by_two_and_by_one(alone, together):
+    results, folder = together
+    close(results["read parts"], alone["calm"])
+    (path,) = CheckpointManager(folder / "parts").checkpoints()
+    sizes = [p.stat().st_size for p in sorted(path.glob("state-*.safetensors"))]
+    assert len(sizes) == 2
+    if folder.name.startswith("fsdp"):
+        assert min(sizes) > 0.3 * sum(sizes), "both processes hold a part"
+    close(outcome(prepared({**CASES["calm"], "folder": "parts"}, folder)), alone["calm"])
+
+
+def test_a_damaged_part_is_refused(together, tmp_path):
+    _, folder = together
+    (source,) = CheckpointManager(folder / "parts").checkpoints()
+    for damage in ("cut", "gone"):
+        path = tmp_path / damage / source.name
+        shutil.copytree(source, path)
+        part = sorted(path.glob("state-*"))[0]
+        part.write_bytes(part.read_bytes()[:-8]) if damage == "cut" else part.unlink()
+        with pytest.raises(ArtifactError, match="no readable checkpoint"):
+            outcome(prepared({**CASES["calm"], "folder": damage}, tmp_path))
+
+
 def test_collectives_do_what_they_say(together):
     results, _ = together
-    assert results["helpers"] == [[3.0, 3.0], [1.0, 1.0], True, [3.0, 5.0], 6, 2.0]
+    assert results["helpers"] == [
+        [3.0, 3.0],
+        [1.0, 1.0],
+        True,
+        [3.0, 5.0],
+        6,
+        2.0,
+        [0, 1],
+        "said by 0",
+        "here: broke in 0; mend it",
+    ]
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -195,6 +248,7 @@ def test_one_process_needs_no_group(monkeypatch):
     distributed.sum_gradients([p])
     distributed.largest_over_processes([p.detach()])
     assert p.grad is None and distributed.sum_over_processes(2.5) == 2.5 and distributed.least_over_processes(3) == 3
+    assert distributed.from_all("x") == ["x"] and distributed.agreed(lambda: 4) == 4
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def test_training_loss_weighs_its_steps_and_adds_halting_and_gate_entropy():
         right = (logits.argmax(-1) == target).float()
         expected = expected + weight / sum(weights) * F.cross_entropy(logits, target)
         halt = model.recursion.halting(z, teacher=False)
-        expected = expected + 0.3 / 3 * F.binary_cross_entropy_with_logits(halt, right)
+        expected = expected + 0.3 / 3 / HALT_SPEED * F.binary_cross_entropy_with_logits(halt, right)
     expected = expected - 0.2 * entropy.flatten()[pick].mean()
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(loss.nats, F.cross_entropy(logits, target))
@@ -281,7 +281,7 @@ def test_the_halting_loss_teaches_the_halting_head_only():
         model = made(trm_config(act_weight=weight), stir=0.2)
         return gradients(model, lambda: model.training_loss(ids(2, 6), ids(2, 6, seed=1)).total)
 
-    off, on = grads(0.0), grads(5.0)
+    off, on = grads(0.0), grads(5.0 * HALT_SPEED)
     changed = {name for name in on if not torch.allclose(on[name], off[name], atol=1e-7)}
     assert changed == {"recursion.halt.weight", "recursion.halt.bias"}
 

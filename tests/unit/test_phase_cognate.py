@@ -14,10 +14,17 @@ import torch
 
 from agent_forge.phases.cognate import data as phase_data
 from agent_forge.phases.cognate import evidence as ev
-from agent_forge.phases.cognate.ablation import Bench, ablations, plain_shape, recursion_switched, supervised_share
+from agent_forge.phases.cognate.ablation import Bench, ablations, plain_shape, recursion_switched
 from agent_forge.phases.cognate.card import card
 from agent_forge.phases.cognate.config import CognateConfig, GymMix
-from agent_forge.phases.cognate.data import draw, load_texts, prepare, specialist_mixture, trunk_mixture
+from agent_forge.phases.cognate.data import (
+    draw,
+    load_texts,
+    prepare,
+    specialist_mixture,
+    supervised_share,
+    trunk_mixture,
+)
 from agent_forge.profile import load_profile
 from forgekit.data.gym import Problem, split_of
 from forgekit.errors import ConfigError, DataError
@@ -134,7 +141,7 @@ def test_no_thirteen_words_of_a_held_out_document_stand_in_the_training_texts(tm
         assert parts[name] and not runs(parts[name]) & trained, name
         (kept, total) = next((n.split()[1], n.split()[3]) for n in notes if n.startswith(f"{name}: "))
         assert len(parts[name]) == int(kept) < int(total), "the planted ones are gone"
-    monkeypatch.setattr(phase_data, "_grams", lambda texts: set())
+    monkeypatch.setattr(phase_data, "_grams", lambda text: set())
     leaked, _, _ = load_texts(config(), tmp_path)
     assert runs(leaked["report"]) & runs(leaked["train"]), "without the check they leak, or this test says nothing"
 

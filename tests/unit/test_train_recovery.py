@@ -64,7 +64,7 @@ PLACES = {
     "before the averages": lambda run, stop: setattr(run, "_average", before(run._average, stop)),
     "observing": lambda run, stop: setattr(run, "observer", stop),
     "while saving": lambda run, stop: setattr(
-        run.checkpoints, "_write", before(run.checkpoints._write, Stop(1 + stop.n // 4))
+        run.checkpoints, "_finish", before(run.checkpoints._finish, Stop(1 + stop.n // 4))
     ),
 }
 
@@ -355,3 +355,39 @@ def test_the_systems_own_limit_is_recognised():
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert is_out_of_memory(caught.value)
+
+
+def test_a_resumed_run_cuts_its_batches_as_before(tmp_path, uninterrupted):
+    run = trainer(train_config(**STEADY), folder=tmp_path)
+    run.plan = run.plan.replace(micro_batch=1, accumulate=4)
+    run._accumulate = after(run._accumulate, Stop(5))
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    again = trainer(train_config(**STEADY), folder=tmp_path)
+    again.run()
+    assert again.plan == run.plan
+    events = Events()
+    other = trainer(train_config(**STEADY), folder=tmp_path, events=events)
+    other.plan = other.plan.replace(device="cuda")
+    other._resume(True)
+    assert other.plan.device == "cuda" and events.of("train_plan_changed")
+
+
+def test_a_divergence_goes_back_behind_what_an_interruption_left(tmp_path):
+    run = trainer(train_config(**STEADY), folder=tmp_path)
+
+    def spoil(info):
+        if info.step == 5:
+            with torch.no_grad():
+                run.model.norm.weight.mul_(torch.nan)
+            raise KeyboardInterrupt
+
+    run.observer = spoil
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert [p.name for p in run.checkpoints.checkpoints()][-1] == "step-00000005"
+    events = Events()
+    again = trainer(train_config(**STEADY), folder=tmp_path, events=events)
+    report = again.run()
+    (diverged,) = events.of("train_diverged")
+    assert diverged["step"] == 5 and diverged["back_to"] == 3 and report.recoveries == 1

@@ -13,12 +13,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from agent_forge.phases.cognate.config import CognateConfig, GymMix
-from agent_forge.phases.cognate.data import CognateData, specialist_mixture, trunk_mixture
-from agent_forge.phases.cognate.evidence import Subject, chance_of, far_mix, own_claim, recurses, report_set
+from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
+from agent_forge.phases.cognate.data import CognateData, specialist_mixture, supervised_share, trunk_mixture
+from agent_forge.phases.cognate.evidence import (
+    REPORT_SEED,
+    Subject,
+    chance_of,
+    far_mix,
+    own_claim,
+    recurses,
+    report_set,
+)
 from agent_forge.pipeline.phase import Progress
 from forgekit.measure.evidence import Evidence
 from forgekit.measure.scores import score_problems, score_text
@@ -62,8 +71,12 @@ class Bench:
         Trainer(model, mixture, train, folder, observer=observer).run()
         return gathered(model, lambda: build_model(shape)).eval()
 
-    def skill(self, claim: str, mix: tuple[GymMix, ...], sides: tuple, compute: dict[str, float]) -> Evidence:
-        """Exact answers of two models on a mix's report problems."""
+    def seeds(self, *plans: SpecialistPlan) -> tuple[int, ...]:
+        """Of the trunk, of the specialists concerned and of the report problems."""
+        return (self.config.trunk.seed, *(plan.seed for plan in plans), REPORT_SEED)
+
+    def skill(self, claim: str, mix: tuple[GymMix, ...], sides: tuple, **facts: Any) -> Evidence:
+        """Exact answers of two models on a mix's report problems; ``facts`` are the evidence's compute and seeds."""
         problems = report_set(mix, self.config.evaluation.problems)
         before, after = (score_problems(m, self.data.tokenizer, problems) for m in sides)
         return Evidence.compare(
@@ -75,11 +88,10 @@ class Bench:
             chance=chance_of(mix, problems),
             parent_must_beat_chance=False,
             split="report",
-            seeds=(self.config.trunk.seed,),
-            compute=compute,
+            **facts,
         )
 
-    def text(self, claim: str, sides: tuple, compute: dict[str, float]) -> Evidence:
+    def text(self, claim: str, sides: tuple, **facts: Any) -> Evidence:
         """Bits per byte of two models on held-out text."""
         length, windows = self.config.trunk.seq_len, self.config.evaluation.windows
         scores = (score_text(m, self.data.tokenizer, self.data.report_texts, length, windows) for m in sides)
@@ -93,8 +105,7 @@ class Bench:
             chance=None,
             higher_is_better=False,
             split="report",
-            seeds=(self.config.trunk.seed,),
-            compute=compute,
+            **facts,
         )
 
 
@@ -127,12 +138,6 @@ def recursion_switched(shape, subjects: list[Subject]) -> dict[str, GPTConfig]:
     return {"the same family with recursion": shape.replace(t_max=steps)} if steps else {}
 
 
-def supervised_share(mixture, batches: int = 8) -> float:
-    """Share of a mixture's tokens that carry a label."""
-    drawn = [mixture.batch(i) for i in range(batches)]
-    return sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
-
-
 def at_equal_flops(bench: Bench, name: str, side: GPTConfig) -> list[Evidence]:
     """The trunk against another shape at equal training FLOPs, on the trunk's skills and on text."""
     config, trunk = bench.config, bench.trunk
@@ -145,8 +150,9 @@ def at_equal_flops(bench: Bench, name: str, side: GPTConfig) -> list[Evidence]:
     flops = config.trunk.steps * config.trunk.rows * length * spent
     compute = {"train_flops": flops, "trunk_steps": config.trunk.steps, "other_steps": train.steps}
     claim = f"the trunk beats {name} at equal training FLOPs"
-    skill = bench.skill(f"{claim} (skills)", config.trunk_mix, sides, compute)
-    return [skill, bench.text(f"{claim} (text)", sides, compute)]
+    facts = {"compute": compute, "seeds": bench.seeds()}
+    skill = bench.skill(f"{claim} (skills)", config.trunk_mix, sides, **facts)
+    return [skill, bench.text(f"{claim} (text)", sides, **facts)]
 
 
 def recursion_against_none(bench: Bench, subject: Subject) -> Evidence:
@@ -160,7 +166,7 @@ def recursion_against_none(bench: Bench, subject: Subject) -> Evidence:
     other = bench.train(without, longer, mixture, f"{plan.name} without recursion", start=bench.trunk)
     claim = f"{plan.name} is better with recursion than without, at equal training FLOPs"
     compute = {"specialist_steps": train.steps, "other_steps": longer.steps}
-    return bench.skill(claim, plan.mix, (other, subject.model), compute)
+    return bench.skill(claim, plan.mix, (other, subject.model), compute=compute, seeds=bench.seeds(plan))
 
 
 def memory_against_none(bench: Bench) -> list[Evidence]:
@@ -179,7 +185,7 @@ def memory_against_none(bench: Bench) -> list[Evidence]:
     part = far_mix(config, sides[1])
     compute = {"train_tokens": train.steps * train.rows * train.seq_len, "gap_words": part.options["gap"]}
     claim = "trained with a memory, recall beyond the window is better than trained without"
-    return [bench.skill(claim, (part,), sides, compute)]
+    return [bench.skill(claim, (part,), sides, compute=compute, seeds=bench.seeds(plan))]
 
 
 def specialist_against_longer_trunk(bench: Bench, subject: Subject) -> Evidence:
@@ -189,4 +195,5 @@ def specialist_against_longer_trunk(bench: Bench, subject: Subject) -> Evidence:
     longer = bench.train(trunk.config, train, mixture, "trunk trained on", start=trunk)
     claim = own_claim(subject.plan.name).replace("the trunk", "a trunk trained on for as long")
     compute = {"train_tokens": train.steps * train.rows * train.seq_len}
-    return bench.skill(claim, subject.plan.mix, (longer, subject.model), compute)
+    facts = {"compute": compute, "seeds": bench.seeds(subject.plan)}
+    return bench.skill(claim, subject.plan.mix, (longer, subject.model), **facts)

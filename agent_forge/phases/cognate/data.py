@@ -102,9 +102,11 @@ def load_texts(config: CognateConfig, folder: Path | None):
     notes.append(f"quality: {report.kept} of {report.total} documents kept, dropped {report.counts or 'none'}")
     rows = _without_benchmarks(rows, folder, notes)
     parts = {name: [r["text"] for r in part] for name, part in catalogue.split_rows(rows, SPLIT_SEED, SHARES).items()}
-    seen = _grams(parts["train"])
+    # Only the held-out grams are held in memory; the training texts, ten times as many, stream past them.
+    held_out = set().union(*(_grams(text) for name in ("select", "report") for text in parts[name]))
+    seen = set().union(*(held_out & _grams(text) for text in parts["train"]))
     for name in ("select", "report"):
-        fresh = [text for text in parts[name] if not seen & _grams([text])]
+        fresh = [text for text in parts[name] if not seen & _grams(text)]
         notes.append(f"{name}: {len(fresh)} of {len(parts[name])} held-out documents share nothing with training")
         parts[name] = fresh
     if not all(parts.values()):
@@ -112,13 +114,10 @@ def load_texts(config: CognateConfig, folder: Path | None):
     return parts, provenance, notes
 
 
-def _grams(texts: list[str]) -> set[int]:
+def _grams(text: str) -> set[int]:
     """Hashes of every 13 words in a row (of the whole text where it is shorter)."""
-    found = set()
-    for text in texts:
-        words = text.split()
-        found.update(hash(tuple(words[i : i + GRAM])) for i in range(max(1, len(words) - GRAM + 1)))
-    return found
+    words = text.split()
+    return {hash(tuple(words[i : i + GRAM])) for i in range(max(1, len(words) - GRAM + 1))}
 
 
 def _has_split(name: str, split: str, folder: Path | None) -> bool:
@@ -156,6 +155,12 @@ def draw(mix: tuple[GymMix, ...], per_level: int, seed: int, split: str = "train
         for level in part.levels:
             problems += generate(part.family, level, count, seed=seed, split=split, **part.options)
     return problems
+
+
+def supervised_share(mixture: Mixture, batches: int = 8) -> float:
+    """Share of a mixture's tokens that carry a label."""
+    drawn = [mixture.batch(i) for i in range(batches)]
+    return sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
 
 
 def trunk_mixture(data: CognateData, config: CognateConfig) -> Mixture:

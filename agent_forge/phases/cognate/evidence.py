@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
-from agent_forge.phases.cognate.data import CognateData, draw
+from agent_forge.phases.cognate.data import CognateData, draw, supervised_share, trunk_mixture
 from forgekit.data.batches import TextSource, encode_texts
 from forgekit.data.gym import FAMILIES, Problem
 from forgekit.measure.evidence import Evidence, Gate
@@ -108,14 +108,17 @@ def report_set(mix: tuple[GymMix, ...], count: int, split: str = "report") -> li
     return [problem for group in groups.values() for problem in list(group.values())[:count]]
 
 
-def _common(config: CognateConfig, **compute: float) -> dict[str, Any]:
-    return {"split": "report", "seeds": (config.trunk.seed, REPORT_SEED), "compute": compute}
+def _common(config: CognateConfig, *plans: SpecialistPlan, **compute: float) -> dict[str, Any]:
+    seeds = (config.trunk.seed, *(plan.seed for plan in plans), REPORT_SEED)
+    return {"split": "report", "seeds": seeds, "compute": compute}
 
 
 def _trunk_claims(config, blank, trunk, data: CognateData, tables) -> list[Evidence]:
     found, before_all, after_all = [], [], []
     tokens = config.trunk.steps * config.trunk.rows * config.trunk.seq_len
-    cost = {"train_tokens": tokens, "train_flops": 3 * tokens * trunk.flops_per_token(config.trunk.seq_len)}
+    share = supervised_share(trunk_mixture(data, config))
+    cost = {"train_tokens": tokens}
+    cost["train_flops"] = tokens * trunk.config.train_flops_per_token(config.trunk.seq_len, share)
     for part in config.trunk_mix:
         problems = report_set((part,), config.evaluation.problems)
         before, after = (score_problems(m, data.tokenizer, problems) for m in (blank, trunk))
@@ -171,7 +174,7 @@ def _specialist_claims(config, trunk, subjects: list[Subject], data: CognateData
                     after=after.right,
                     chance=chance,
                     parent_must_beat_chance=False,
-                    **_common(config, train_tokens=train.steps * train.rows * train.seq_len),
+                    **_common(config, subject.plan, train_tokens=train.steps * train.rows * train.seq_len),
                 )
             )
     return found
@@ -211,7 +214,9 @@ def _memory_claims(config, subjects: list[Subject], data: CognateData) -> list[E
                 after=heard.right,
                 chance=chance_of((part,), problems),
                 parent_must_beat_chance=False,
-                **_common(config, gap_words=part.options["gap"], attention_reach=subject.model.config.reach),
+                **_common(
+                    config, subject.plan, gap_words=part.options["gap"], attention_reach=subject.model.config.reach
+                ),
             )
         )
     return found
@@ -221,7 +226,7 @@ def with_threshold(model, threshold: float):
     """A copy that halts at another threshold (1.0 never halts early)."""
     other = build_model(model.config.replace(act_threshold=threshold))
     other.load_state_dict(model.state_dict())
-    return other.eval()
+    return other.to(next(model.parameters()).device).eval()
 
 
 def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, tables) -> list[Evidence]:
@@ -241,7 +246,7 @@ def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, t
         full = score_problems(with_threshold(subject.model, 1.0), data.tokenizer, problems)
         histogram[f"{name}, its speciality"] = step_histogram(subject.model, data, problems)
         histogram[f"{name}, text"] = text_histogram(subject.model, texts)
-        common = _common(config, threshold=subject.model.config.act_threshold)
+        common = _common(config, subject.plan, threshold=subject.model.config.act_threshold)
         steps = {"metric": "steps_per_token", "before": full.steps, "after": halted.steps, "chance": None}
         kept = {"metric": "exact_match", "before": full.right, "after": halted.right}
         chance = chance_of(subject.plan.mix, problems)
@@ -272,16 +277,15 @@ def text_histogram(model, ids_BT: torch.Tensor) -> dict[str, float]:
     with torch.inference_mode():
         chunks = ids_BT.split(rows_at_once(model, ids_BT.shape[1]))
         steps = torch.cat([model(chunk.to(device)).steps.flatten().cpu() for chunk in chunks])
-    return _shares(steps, torch.ones(len(steps)), model.config.t_max)
+    return _shares(np.bincount(steps.numpy()), model.config.t_max)
 
 
 def step_histogram(model, data: CognateData, problems: list[Problem]) -> dict[str, float]:
-    """Share of problems whose answer took 1, 2, ... steps per token, rounded to whole steps."""
-    scores = score_problems(model, data.tokenizer, problems)
-    steps = torch.from_numpy(scores.steps).round().long()
-    return _shares(steps, torch.from_numpy(scores.tokens), model.config.t_max)
+    """Share of answer tokens that took 1, 2, ... steps."""
+    return _shares(score_problems(model, data.tokenizer, problems).tokens_by_steps, model.config.t_max)
 
 
-def _shares(steps: torch.Tensor, weights: torch.Tensor, t_max: int) -> dict[str, float]:
-    counts = torch.bincount(steps, weights=weights.double(), minlength=t_max + 1)[1:]
+def _shares(counts: np.ndarray, t_max: int) -> dict[str, float]:
+    """Counts of 0, 1, 2, ... steps as shares of 1 to ``t_max``."""
+    counts = np.pad(counts, (0, max(0, t_max + 1 - len(counts))))[1:]
     return {str(i): round(float(n / counts.sum()), 4) for i, n in enumerate(counts, 1)}

@@ -27,8 +27,9 @@ from forgekit.models.io import build_model, load_weights
 from forgekit.store import fsio
 from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras, amend_evidence
 from forgekit.train.config import TrainConfig
-from forgekit.train.distributed import agreed, gathered
+from forgekit.train.distributed import agreed, gathered, world
 from forgekit.train.loop import StepInfo, Trainer
+from forgekit.train.setup import check_rows, training_device
 
 OPTIMIZER_SLOTS = 3
 """Values per parameter that MuonGrokfast keeps at most."""
@@ -57,20 +58,23 @@ class CognatePhase(PhaseController):
         began = time.perf_counter()
         context, config = self.context, self.config
         shape = context.profile.model_config_solved()
+        trainings = [config.trunk, *map(config.training_of, config.specialists)]
+        for train in trainings:  # now, not after hours of the first one
+            check_rows(train.rows, train.parallel == "fsdp", world()[1])
         data = self._prepare(shape)
         trunk = self._trunk(shape, data)
         made = [self._specialist(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
         context.show(Progress("evidence", 0, 1, "scoring the report split"))
         subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
         torch.manual_seed(config.trunk.seed)
-        blank = build_model(shape)
+        blank = build_model(shape).to(next(trunk.model.parameters()).device)
         evidence, tables = agreed(lambda: measure(config, blank, trunk.model, subjects, data))
         if config.ablate:
             evidence += self._ablations(trunk, subjects, data)
         context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
         agreed(lambda: self._keep_evidence(evidence, [trunk, *made]))
         decision = gate(config, context.profile.gate).decide(evidence)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began  # of this start; an interrupted one's time is in the events
         return PhaseResult(
             success=True,
             model=trunk.model_id,
@@ -107,7 +111,8 @@ class CognatePhase(PhaseController):
         """Disk first, then text, problems and tokenizer."""
         context, config = self.context, self.config
         models = len(config.specialists) + 1
-        needed = disk_forecast(shape.parameters(), models, config.trunk.keep_checkpoints, OPTIMIZER_SLOTS)
+        kept = max(t.keep_checkpoints for t in (config.trunk, *map(config.training_of, config.specialists)))
+        needed = disk_forecast(shape.parameters(), models, kept, OPTIMIZER_SLOTS)
         require_free(context.folder, needed, "phase 1")
         context.logger.metrics(
             {
@@ -148,9 +153,10 @@ class CognatePhase(PhaseController):
         if row is not None:
             load_weights(model, context.storage.resolve(row["model_id"]) / "model.safetensors")
             context.show(Progress(name, train.steps, train.steps, "already made"))
-            return Made(row["model_id"], model.eval(), row["metadata"]["losses"])
+            model = model.to(training_device(train.device)).eval()
+            return Made(row["model_id"], model, row["metadata"]["losses"])
         trainer = Trainer(
-            model, mixture, train, self._checkpoints(name, key), context.logger, self._observer(name, number)
+            model, mixture, train, self._checkpoints(name, key), context.logger, self._observer(name, number, train)
         )
         report = trainer.run()
         share = report.data_seconds / max(report.seconds, 1e-9)
@@ -193,7 +199,7 @@ class CognatePhase(PhaseController):
             model, self.context.session_id, self.name, name, metadata, tokenizer=data.tokenizer, extras=extras
         )
 
-    def _observer(self, name: str, number: int):
+    def _observer(self, name: str, number: int, train: TrainConfig):
         """Progress for people at every step, metrics for the log every few."""
 
         def observe(info: StepInfo) -> None:
@@ -201,7 +207,7 @@ class CognatePhase(PhaseController):
                 f"loss {info.loss_avg_100:.3f}  {info.tokens_per_second:,.0f} tokens/s  {info.seconds_left:.0f} s left"
             )
             self.context.show(Progress(name, info.step, info.steps, note))
-            if info.step % self.config.trunk.log_every and info.step != info.steps:
+            if info.step % train.log_every and info.step != info.steps:
                 return
             values: dict[str, Any] = {
                 "train/loss": info.loss,
