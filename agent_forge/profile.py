@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +127,36 @@ def profile_names() -> list[str]:
     order = ("pico", "nano", "micro", "small", "base", "large")
     found = {p.stem for p in profile_folder().glob("*.toml")}
     return [n for n in order if n in found] + sorted(found - set(order))
+
+
+def with_values(profile: Profile, assignments: list[str]) -> Profile:
+    """The profile with some values changed, each written ``key.of.the.field=VALUE`` with a TOML value.
+
+    Raises:
+        ConfigError: not an assignment, or the key or the value is refused.
+    """
+    values = profile.model_dump(mode="json")
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        parts = key.strip().split(".")
+        if not sign or not all(parts):
+            remedy = "write --set key=value, such as phases.cognate.ablate=true"
+            raise ConfigError(f"{assignment!r} is not an assignment", where="--set", remedy=remedy)
+        place = values
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{part} has no fields", where=f"--set {key}", remedy="shorten the key")
+        place[parts[-1]] = _toml_value(value.strip())
+    return Profile.build(values, "--set")
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value; what is none is taken as a string, so that names need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def load_profile(name: str) -> Profile:

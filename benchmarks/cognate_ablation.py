@@ -2,7 +2,7 @@
 
     python -m benchmarks.cognate_ablation [STORAGE]
 
-Takes the newest session of the storage folder whose phase 1 was made with nano's settings, or makes one first.
+Takes a session of the storage folder that this very code made with nano's settings, or makes one first.
 """
 
 from __future__ import annotations
@@ -15,19 +15,11 @@ import torch
 from agent_forge.phases.cognate.ablation import Bench, ablations
 from agent_forge.phases.cognate.data import prepare
 from agent_forge.phases.cognate.evidence import Subject
-from agent_forge.pipeline.orchestrator import PipelineOrchestrator, session_results
+from agent_forge.pipeline.orchestrator import PipelineOrchestrator
 from agent_forge.profile import load_profile
-from benchmarks.common import publish, tell
+from benchmarks.common import made_by_this_code, publish, tell
 from forgekit.models.io import read_model
 from forgekit.store.storage import ModelStorage
-
-
-def finished_session(storage: ModelStorage, profile) -> dict | None:
-    """The newest finished phase 1 made with these settings, or None."""
-    wanted = profile.phase("cognate").fingerprint()
-    rows = sorted(storage.registry.get_all_sessions(), key=lambda r: r["start_time"], reverse=True)
-    results = (session_results(storage, row["session_id"]).get("cognate") for row in rows)
-    return next((r for r in results if r is not None and r["key"]["config"] == wanted), None)
 
 
 def main() -> None:
@@ -35,11 +27,11 @@ def main() -> None:
     folder = next((a for a in sys.argv[1:] if a != "cognate_ablation"), "storage")
     profile = load_profile("nano")
     storage, config = ModelStorage(folder), profile.phase("cognate")
-    if finished_session(storage, profile) is None:
+    if made_by_this_code(storage, profile) is None:
         tell("no finished session: making one")
         with PipelineOrchestrator(profile, folder) as forge:
             forge.run_single_phase("cognate")
-    made = finished_session(storage, profile)["artifacts"]
+    made = made_by_this_code(storage, profile)[1]["artifacts"]
     torch.set_num_threads(profile.threads or torch.get_num_threads())
     trunk, _ = read_model(storage.resolve(made["trunk"]))
     subjects = [

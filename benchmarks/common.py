@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from agent_forge.phases.cognate.data import CognateData, prepare, trunk_mixture
+from agent_forge.pipeline.orchestrator import session_results
 from agent_forge.profile import Profile, load_profile
 from forgekit.compute.device import environment
+from forgekit.store.storage import ModelStorage
+from forgekit.tracking.events import read_events
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -27,6 +30,25 @@ def setup(profile: str = "nano") -> tuple[Profile, Any, CognateData]:
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
     shape = chosen.model_config_solved()
     return chosen, shape, prepare(chosen.phase("cognate"), shape.vocab_size, None)
+
+
+def made_by_this_code(storage: ModelStorage, profile: Profile) -> tuple[str, dict] | None:
+    """(session, phase-1 record) of the newest session of exactly this profile that began after the last change of any
+    source file and was never interrupted; None without one."""
+    root = RESULTS.parent.parent
+    sources = [p for folder in ("forgekit", "agent_forge") for p in (root / folder).rglob("*.py")]
+    changed = datetime.fromtimestamp(max(p.stat().st_mtime for p in sources), UTC)
+    wanted = profile.model_dump(mode="json")
+    for row in sorted(storage.registry.get_all_sessions(), key=lambda r: r["start_time"], reverse=True):
+        session, began = row["session_id"], datetime.fromisoformat(row["start_time"])
+        if began.replace(tzinfo=began.tzinfo or UTC) < changed:
+            return None
+        record = session_results(storage, session).get("cognate")
+        plan = storage.registry.get_session(session)["config"].get("profile")
+        starts = read_events(storage.session_path(session) / "events.jsonl", kind="session_started")
+        if record is not None and plan == wanted and len(list(starts)) == 1:
+            return session, record
+    return None
 
 
 def batches(data: CognateData, config, count: int) -> list:

@@ -9,6 +9,7 @@ ALL = (
     "cli_startup",
     "registry_queries",
     "training_throughput",
+    "cpu_kernels",
     "optimizer_quality",
     "architecture",
     "cognate_ablation",

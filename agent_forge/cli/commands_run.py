@@ -27,6 +27,9 @@ def run(
     resume: Annotated[str | None, typer.Option(help="Go on with this session (`latest` works).")] = None,
     data: Annotated[str | None, typer.Option(envvar="AGENT_FORGE_DATA", help="Folder with real data sets.")] = None,
     sink: Annotated[list[str] | None, typer.Option(help="Also send metrics to `wandb` or `mlflow`.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: phases.cognate.ablate=true; repeatable.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +37,7 @@ def run(
     from agent_forge.cli.processes import together
 
     wanted = {"profile": profile, "phase": phase, "until": until, "resume": resume, "data": data}
-    wanted["sinks"] = tuple(sink or ())
+    wanted |= {"sinks": tuple(sink or ()), "changes": change or []}
     with together() as leads:
         _run(context.obj["storage"], wanted, show=leads and not (yes or as_json), tell=leads, as_json=as_json)
 
@@ -44,15 +47,18 @@ def _run(storage: str, wanted: dict, *, show: bool, tell: bool, as_json: bool) -
     from agent_forge.cli.progress import Bars
     from agent_forge.cli.show import show_results
     from agent_forge.pipeline.orchestrator import PipelineOrchestrator
-    from agent_forge.profile import load_profile
+    from agent_forge.profile import load_profile, with_values
+    from forgekit.errors import ConfigError
 
     phase, until = wanted["phase"], wanted["until"]
     with Bars(enabled=show) as bars:
         if wanted["resume"]:
+            if wanted["changes"]:
+                raise ConfigError("a resumed session keeps its settings", where="--set", remedy="start a new run")
             forge = PipelineOrchestrator.resume(wanted["resume"], storage, show=bars.show, sinks=wanted["sinks"])
             _check_phases(forge.profile, phase, until)
         else:
-            settings = load_profile(wanted["profile"])
+            settings = with_values(load_profile(wanted["profile"]), wanted["changes"])
             _check_phases(settings, phase, until)
             options = {"data": wanted["data"], "show": bars.show, "sinks": wanted["sinks"]}
             forge = PipelineOrchestrator(settings, storage, **options)

@@ -19,7 +19,7 @@ EMPTY = -1
 """Position of a cache slot that holds no token."""
 SMALL_WINDOW = 64
 """Up to this window the written-out attention is four times as fast to train on a CPU as the fused one
-(docs/results/training_throughput.md)."""
+(docs/results/cpu_kernels.md)."""
 CONV_TAPS = 4
 """Taps of the short convolutions."""
 

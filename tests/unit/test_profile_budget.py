@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from agent_forge.profile import ModelPlan, Profile, load_profile, profile_folder, profile_names
+from agent_forge.profile import ModelPlan, Profile, load_profile, profile_folder, profile_names, with_values
 from forgekit.errors import ConfigError
 from forgekit.models.budget import solve_budget
 from forgekit.models.config import GPTConfig, TRMTitansConfig
@@ -146,3 +146,25 @@ def test_heads_need_not_divide_widths_that_are_solved(heads):
 def test_model_plans_refuse_what_they_cannot_solve():
     with pytest.raises(ConfigError, match="model.target_parameters"):
         ModelPlan(target_parameters=10)
+
+
+def test_values_can_be_set_one_by_one():
+    changed = with_values(load_profile("pico"), ["phases.cognate.ablate=true", "gate=stop", "model.settings.window = 8"])
+    assert changed.phase("cognate").ablate and changed.gate == "stop"
+    assert changed.model_config_solved().window == 8
+    assert with_values(load_profile("pico"), []) == load_profile("pico")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("gate", "--set: 'gate' is not an assignment; write --set key=value"),
+        ("gate=perhaps", "gate: value 'perhaps' refused"),
+        ("phases.cognate.trunk.stepps=3", "phases.cognate.trunk.stepps: unknown key; did you mean steps or seed?"),
+        ("gate.deep=3", "--set gate.deep: gate has no fields; shorten the key"),
+    ],
+)
+def test_settings_that_are_refused_name_the_field(assignment, told):
+    with pytest.raises(ConfigError) as caught:
+        with_values(load_profile("pico"), [assignment])
+    assert told in str(caught.value)
