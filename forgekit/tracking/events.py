@@ -66,9 +66,8 @@ class EventLog:
             raise self._cannot(error) from error
         self._torn = written < len(line)
         if self._torn:
-            raise ResourceError(
-                f"only {written} of {len(line)} bytes written", where=str(self.path), remedy="free disk space"
-            )
+            what = f"the disk is full: only {written} of {len(line)} bytes written"
+            raise ResourceError(what, where=str(self.path), remedy="free some space")
 
     def close(self) -> None:
         """Bring everything to the disk and close; harmless when already closed."""

@@ -1,7 +1,5 @@
 """Prose and code of the Python installation."""
 
-import time
-
 import pytest
 
 from forgekit.data.python_corpus import library_folder, python_code, python_prose
@@ -75,9 +73,7 @@ def test_an_installation_without_sources_is_told(tmp_path):
 def test_this_installation():
     if not (library_folder() / "pydoc.py").exists():
         pytest.skip("this Python ships no sources")
-    start = time.perf_counter()
     prose = python_prose()
-    assert time.perf_counter() - start < 8  # measured 1.7 s; the rest is for a busy machine
     assert sum(len(text.encode()) for text in prose) > 1_000_000
     assert min(map(len, prose)) >= 80 and len(set(prose)) == len(prose)
     assert any("Zen of Python" in text for text in prose)

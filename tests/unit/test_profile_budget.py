@@ -149,7 +149,8 @@ def test_model_plans_refuse_what_they_cannot_solve():
 
 
 def test_values_can_be_set_one_by_one():
-    changed = with_values(load_profile("pico"), ["phases.cognate.ablate=true", "gate=stop", "model.settings.window = 8"])
+    wanted = ["phases.cognate.ablate=true", "gate=stop", "model.settings.window = 8"]
+    changed = with_values(load_profile("pico"), wanted)
     assert changed.phase("cognate").ablate and changed.gate == "stop"
     assert changed.model_config_solved().window == 8
     assert with_values(load_profile("pico"), []) == load_profile("pico")
