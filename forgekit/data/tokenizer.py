@@ -69,7 +69,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and what ``AutoTokenizer.from_pretrained`` needs beside it."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not the library's own save: it tells a full disk by a bare Exception.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,

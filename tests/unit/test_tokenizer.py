@@ -121,3 +121,8 @@ def test_a_missing_file_is_told_in_one_line(tmp_path):
 def test_pieces_make_the_text(text, size):
     pieces = list(in_pieces(text, size))
     assert "".join(pieces) == text and all(0 < len(p) <= size for p in pieces)
+
+
+def test_a_disk_that_fails_while_saving_is_an_error_of_the_system(tokenizer, tmp_path):
+    with pytest.raises(OSError):  # which disk_errors explains; the library's own save raises a bare Exception
+        save_tokenizer(tokenizer, tmp_path / "gone")
