@@ -137,26 +137,30 @@ def with_values(profile: Profile, assignments: list[str]) -> Profile:
     """
     values = profile.model_dump(mode="json")
     for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        parts = key.strip().split(".")
-        if not sign or not all(parts):
-            remedy = "write --set key=value, such as phases.cognate.ablate=true"
-            raise ConfigError(f"{assignment!r} is not an assignment", where="--set", remedy=remedy)
-        place = values
+        key, value = assigned(assignment, "--set")
+        parts, place = key.split("."), values
         for part in parts[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{part} has no fields", where=f"--set {key}", remedy="shorten the key")
-        place[parts[-1]] = _toml_value(value.strip())
+        place[parts[-1]] = value
     return Profile.build(values, "--set")
 
 
-def _toml_value(text: str) -> Any:
-    """A TOML value; what is none is taken as a string, so that names need no quotes."""
+def assigned(text: str, option: str) -> tuple[str, Any]:
+    """Key and TOML value of ``key=value``; what is no TOML is taken as a string, so that names need no quotes.
+
+    Raises:
+        ConfigError: not an assignment.
+    """
+    key, sign, value = (part.strip() for part in text.partition("="))
+    if not sign or not all(key.split(".")):
+        remedy = f"write {option} key=value"
+        raise ConfigError(f"{text!r} is not an assignment", where=option, remedy=remedy)
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return key, value
 
 
 def load_profile(name: str) -> Profile:

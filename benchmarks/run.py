@@ -14,6 +14,7 @@ ALL = (
     "architecture",
     "cognate_ablation",
     "cognate_targets",
+    "serving",
 )
 
 

@@ -33,6 +33,8 @@ FOLDERS = {
     "agent_forge": "the Forge: profiles and everything that makes models",
     "agent_forge/pipeline": "phases, sessions, the orchestrator",
     "agent_forge/phases": "one folder per phase",
+    "agent_forge/merging": "merge methods as typed functions, whole folders, the eight combinations",
+    "agent_forge/serve": "models behind OpenAI's HTTP interface",
     "agent_forge/cli": "the command line `agent-forge`",
     "bagley": "the assistant that lives on what the Forge made",
     "profiles": "one file per size: the whole pipeline's settings at that size",

@@ -57,6 +57,10 @@ def penalise_repeats(logits_BV: Tensor, history: Sequence[Sequence[int]], penalt
     return logits_BV
 
 
+COLDEST = 1e-4
+"""Below this temperature the best token is taken: float32 would soon divide nothing by nothing."""
+
+
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
     """Keep exactly the ``k`` highest logits of each row; among equals the lower token id is kept."""
     if k >= logits_BV.shape[-1]:
@@ -114,7 +118,7 @@ def sample(
     logits_BV = logits_BV.float()
     if config.repetition_penalty != 1:
         logits_BV = penalise_repeats(logits_BV, history, config.repetition_penalty)
-    if config.temperature == 0:
+    if config.temperature < COLDEST:
         return logits_BV.argmax(-1)
     # Shifting by the maximum keeps a tiny temperature from overflowing.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / config.temperature

@@ -18,7 +18,7 @@ from forgekit.models.base import placed_like
 EMPTY = -1
 """Position of a cache slot that holds no token."""
 SMALL_WINDOW = 64
-"""Up to this window the written-out attention is four times as fast to train on a CPU as the fused one
+"""Up to this window the written-out attention is three times as fast to train on a CPU as the fused one
 (docs/results/cpu_kernels.md)."""
 CONV_TAPS = 4
 """Taps of the short convolutions."""
@@ -40,7 +40,7 @@ def short_conv(
     padded, taps_CJ = torch.cat([tail_BJC, x_BTC], dim=1), taps_CJ.to(x_BTC.dtype)
     if T == 1:
         mixed = (padded * taps_CJ.T).sum(1, keepdim=True)
-    else:  # three times as fast as a sum of shifted products
+    else:  # faster than a sum of shifted products (docs/results/cpu_kernels.md)
         mixed = F.conv1d(padded.mT, taps_CJ[:, None], groups=C).mT.contiguous()
     if lengths_B is None:
         return mixed, padded[:, T:].clone()  # a view would keep the whole segment alive in the state
@@ -289,7 +289,7 @@ def select_rows(state: AttentionState, rows: Tensor) -> AttentionState:
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, remembering only relu(x): a quarter of autograd's own time and half its memory."""
+    """relu(x)^2, remembering only relu(x): half of autograd's time and memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -141,3 +141,10 @@ def test_temperature_zero_is_greedy_and_near_zero_does_not_overflow():
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingConfig.build(wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-46])
+def test_next_to_nothing_is_greedy(temperature):
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    config = SamplingConfig(temperature=temperature)
+    assert sample(logits, config, [row_generator(0, 0)]).tolist() == [1]
