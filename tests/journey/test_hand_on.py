@@ -24,7 +24,6 @@ def test_three_specialists_merge_into_an_artifact_that_answers(copy):
     done = run_cli(*words, "--json", cwd=copy.home)
     receipt = json.loads(done.out)
     assert receipt["method"] == "ties" and len(receipt["inputs"]) >= 3, done.err
-    assert run_cli("validate", "merged", cwd=copy.home).code == 0
     answer = run_cli("chat", "merged", "copy 12", "--json", cwd=copy.home)
     assert answer.code == 0 and json.loads(answer.out), answer.err
     again = run_cli(*words, cwd=copy.home)

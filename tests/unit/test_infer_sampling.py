@@ -147,4 +147,4 @@ def test_bad_settings_are_refused(wrong):
 def test_next_to_nothing_is_greedy(temperature):
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     config = SamplingConfig(temperature=temperature)
-    assert sample(logits, config, [row_generator(0, 0)]).tolist() == [1]
+    assert sample(logits, config, [row_generator(0, 0)], [[]]).tolist() == [1]
