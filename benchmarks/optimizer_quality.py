@@ -17,7 +17,7 @@ from forgekit.train.loop import Trainer
 from forgekit.train.muon_grokfast import is_hidden_matrix
 
 STEPS = 120
-ADAM_RATES = (2e-3, 4e-3, 8e-3)
+ADAM_RATES = (1e-3, 2e-3, 4e-3)
 LENGTHS = (48, 60, 72, 84, 96)
 TARGET = 0.7
 
