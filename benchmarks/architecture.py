@@ -13,8 +13,8 @@ import torch
 
 from agent_forge.phases.cognate.ablation import plain_shape, widened
 from agent_forge.phases.cognate.data import trunk_mixture
-from agent_forge.phases.cognate.evidence import report_set
 from benchmarks.common import mean_and_spread, publish, setup, tell
+from forgekit.data.problems import held_out
 from forgekit.measure.scores import score_problems, score_text
 from forgekit.measure.stats import paired_bootstrap
 from forgekit.models.io import build_model
@@ -28,7 +28,7 @@ def main() -> None:
     profile, shape, data = setup()
     config = profile.phase("cognate")
     train, size = config.trunk.replace(checkpoint_every=0), shape.parameters()
-    problems = report_set(config.trunk_mix, 60, split="select")
+    problems = held_out(config.trunk_mix, 60, split="select")
     sides = {
         "gpt": plain_shape(shape),
         "trm_titans (nano)": shape,

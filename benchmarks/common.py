@@ -126,11 +126,11 @@ def eval_loss(model, held_out: list) -> float:
 def held_out_batches(data: CognateData, config, count: int = 6) -> list:
     """Batches in the trunk's mixture made of held-out documents and problems of the *select* split: what chooses
     between variants must not be what phase 1 reports on."""
-    from agent_forge.phases.cognate.evidence import report_set
     from forgekit.data.batches import Mixture, ProblemSource, TextSource, encode_texts
+    from forgekit.data.problems import held_out
 
     text = TextSource(encode_texts(data.tokenizer, data.select_texts))
-    gym = ProblemSource(data.tokenizer, report_set(config.trunk_mix, 300, split="select"))
+    gym = ProblemSource(data.tokenizer, held_out(config.trunk_mix, 300, split="select"))
     share = config.text.share
     mixture = Mixture(((text, share), (gym, 1 - share)), config.trunk.rows, config.trunk.seq_len, 99)
     return [mixture.batch(i) for i in range(count)]

@@ -165,9 +165,3 @@ def byte_lengths(tokenizer) -> np.ndarray:
         # In a byte-level vocabulary every character of a token's name stands for exactly one byte.
         sizes[index] = 0 if index in reserved else len(token)
     return sizes
-
-
-def majority_share(problems: list[Problem]) -> float:
-    """Accuracy of always giving the most frequent answer: what a model could reach without reading."""
-    _, counts = np.unique([p.answer for p in problems], return_counts=True)
-    return float(counts.max() / len(problems))

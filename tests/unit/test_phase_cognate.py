@@ -12,23 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from agent_forge.phases.cognate import data as phase_data
 from agent_forge.phases.cognate import evidence as ev
 from agent_forge.phases.cognate.ablation import Bench, ablations, plain_shape, recursion_switched
 from agent_forge.phases.cognate.card import card
-from agent_forge.phases.cognate.config import CognateConfig, GymMix
-from agent_forge.phases.cognate.data import (
-    draw,
-    load_texts,
-    prepare,
-    specialist_mixture,
-    supervised_share,
-    trunk_mixture,
-)
+from agent_forge.phases.cognate.config import CognateConfig
+from agent_forge.phases.cognate.data import prepare, specialist_mixture, supervised_share, trunk_mixture
 from agent_forge.profile import load_profile
+from forgekit.data import texts as held_texts
 from forgekit.data.gym import Problem, split_of
+from forgekit.data.plans import GymMix
+from forgekit.data.problems import draw, held_out
+from forgekit.data.texts import load_texts
 from forgekit.errors import ConfigError, DataError
 from forgekit.measure.evidence import Evidence
+from forgekit.measure.problems import by_level, chance_of
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model
@@ -128,36 +125,36 @@ def runs(texts) -> set[str]:
 
 def test_no_thirteen_words_of_a_held_out_document_stand_in_the_training_texts(tmp_path, monkeypatch):
     """Docstrings of the one source are quoted in the other, so that the split alone would leak them."""
-    own, _, _ = load_texts(config(), None)
+    own, _, _ = load_texts(config().text, None)
     long = [text.split() for part in own.values() for text in part if len(text.split()) > 20]
     texts = stories(tmp_path, 120)
     shutil.rmtree(tmp_path / "bench")
     planted = [f"{story[:-1]} {' '.join(words[2:18])} end." for story, words in zip(texts[60:], long * 9)]
     write_stories(tmp_path, texts[:60] + planted)
-    parts, _, notes = load_texts(config(), tmp_path)
+    parts, _, notes = load_texts(config().text, tmp_path)
     trained = runs(parts["train"])
     assert len(trained) > 1000 and set(planted) & set(parts["train"])
     for name in ("select", "report"):
         assert parts[name] and not runs(parts[name]) & trained, name
         (kept, total) = next((n.split()[1], n.split()[3]) for n in notes if n.startswith(f"{name}: "))
         assert len(parts[name]) == int(kept) < int(total), "the planted ones are gone"
-    monkeypatch.setattr(phase_data, "_grams", lambda text: set())
-    leaked, _, _ = load_texts(config(), tmp_path)
+    monkeypatch.setattr(held_texts, "_grams", lambda text: set())
+    leaked, _, _ = load_texts(config().text, tmp_path)
     assert runs(leaked["report"]) & runs(leaked["train"]), "without the check they leak, or this test says nothing"
 
 
 def test_report_problems_are_distinct_and_of_no_other_split():
     mix = (GymMix(family="copy", levels=(1,)), GymMix(family="compare", levels=(1, 2)))
     trained = {p.prompt for seed in (1, 2, 42) for p in draw(mix, 2000, seed)}
-    sets = {split: ev.report_set(mix, 200, split) for split in ("report", "select")}
+    sets = {split: held_out(mix, 200, split) for split in ("report", "select")}
     for split, problems in sets.items():
         prompts = [p.prompt for p in problems]
         assert len(prompts) == len(set(prompts)) and not trained & set(prompts), split
         assert {split_of(prompt) for prompt in prompts} == {split}
         assert sum(p.family == "copy" for p in problems) < 200 == sum(p.level == 2 for p in problems), "a small family"
     assert not {p.prompt for p in sets["report"]} & {p.prompt for p in sets["select"]}
-    assert ev.report_set(mix, 200) == sets["report"]
-    assert [(p.family, p.level) for p in ev.report_set(mix, 1)] == [("copy", 1), ("compare", 1), ("compare", 2)]
+    assert held_out(mix, 200) == sets["report"]
+    assert [(p.family, p.level) for p in held_out(mix, 1)] == [("copy", 1), ("compare", 1), ("compare", 2)]
 
 
 def test_the_tokenizer_fills_the_vocabulary_and_provenance_names_everything(data):
@@ -204,7 +201,7 @@ def test_the_hash_follows_the_contents_of_the_data_folder(tmp_path):
 
 def test_documents_that_hold_benchmark_items_are_dropped(tmp_path):
     texts = stories(tmp_path)
-    parts, provenance, notes = load_texts(config(), tmp_path)
+    parts, provenance, notes = load_texts(config().text, tmp_path)
     used = {text for part in parts.values() for text in part}
     assert texts[7] not in used and len(used & set(texts)) >= 50
     assert [p["name"] for p in provenance] == ["python_prose", "tinystories"]
@@ -214,7 +211,7 @@ def test_documents_that_hold_benchmark_items_are_dropped(tmp_path):
 def test_a_data_folder_need_not_hold_benchmarks(tmp_path):
     texts = stories(tmp_path)
     shutil.rmtree(tmp_path / "bench")
-    parts, _, notes = load_texts(config(), tmp_path)
+    parts, _, notes = load_texts(config().text, tmp_path)
     assert list(parts) == ["train", "select", "report"]
     assert texts[7] in {text for part in parts.values() for text in part}
     assert not any(note.startswith("contamination") for note in notes)
@@ -222,7 +219,7 @@ def test_a_data_folder_need_not_hold_benchmarks(tmp_path):
 
 def test_too_little_text_is_told():
     with pytest.raises(DataError, match="too little text is left after cleaning; raise text.bytes_each"):
-        load_texts(config(text={"names": ["python_prose"], "bytes_each": 300}), None)
+        load_texts(config(text={"names": ["python_prose"], "bytes_each": 300}).text, None)
 
 
 def test_batches_are_a_pure_function_of_settings_and_step(data):
@@ -289,19 +286,19 @@ def test_a_threshold_of_one_takes_every_step(model):
 def test_chance_is_the_larger_of_the_declared_and_the_majority():
     compare = [Problem("compare", 1, f"compare {i}", "<") for i in range(3)] + [Problem("compare", 1, "compare x", ">")]
     mix = (GymMix(family="compare"), GymMix(family="copy"))
-    assert ev.chance_of(mix, compare) == pytest.approx(0.75)
+    assert chance_of(mix, compare) == pytest.approx(0.75)
     even = [Problem("compare", 1, f"compare {i}", str(i)) for i in range(4)]
-    assert ev.chance_of(mix, even) == pytest.approx(0.5), "the declared one"
+    assert chance_of(mix, even) == pytest.approx(0.5), "the declared one"
     spread = [Problem("copy", 1, f"copy {i}", str(i)) for i in range(96)]
-    assert ev.chance_of(mix, spread) == pytest.approx(1 / 96)
-    assert ev.chance_of(mix, compare + spread) == pytest.approx((4 * 0.75 + 96 / 96) / 100), "problems count alike"
+    assert chance_of(mix, spread) == pytest.approx(1 / 96)
+    assert chance_of(mix, compare + spread) == pytest.approx((4 * 0.75 + 96 / 96) / 100), "problems count alike"
 
 
 @pytest.mark.parametrize("pairs", [2, 4])
 def test_chance_knows_the_options_of_its_mix_and_nobody_beats_it_without_the_key(pairs):
     mix = (GymMix(family="far_recall", levels=(1, 2), options={"pairs": pairs}),)
-    problems = ev.report_set(mix, 1000)
-    chance = ev.chance_of(mix, problems)
+    problems = held_out(mix, 1000)
+    chance = chance_of(mix, problems)
     assert chance == pytest.approx({2: 0.55, 4: 0.3825}[pairs], abs=0.004)
     shown = [Counter(c for c in p.prompt if c.isdigit()).most_common(1)[0][0] for p in problems]
     blind = np.mean([digit == p.answer for digit, p in zip(shown, problems)])
@@ -311,7 +308,7 @@ def test_chance_knows_the_options_of_its_mix_and_nobody_beats_it_without_the_key
 def test_accuracy_by_level():
     problems = [Problem("copy", 1, "a", "a"), Problem("copy", 1, "b", "b"), Problem("sort", 2, "c", "c")]
     scores = SimpleNamespace(right=np.array([1.0, 0.0, 1.0]))
-    assert ev.by_level(problems, scores) == {"copy/1": 0.5, "sort/2": 1.0}
+    assert by_level(problems, scores.right) == {"copy/1": 0.5, "sort/2": 1.0}
 
 
 def test_the_far_test_lies_beyond_all_that_attention_reaches(model):

@@ -16,7 +16,8 @@ from forgekit.data.tokenizer import chat_text, question, train_tokenizer
 from forgekit.errors import DataError
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
-from forgekit.measure.scores import byte_lengths, majority_share, rows_at_once, score_problems, score_text
+from forgekit.measure.problems import majority_share
+from forgekit.measure.scores import byte_lengths, rows_at_once, score_problems, score_text
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.io import build_model
 

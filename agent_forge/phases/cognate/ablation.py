@@ -17,25 +17,20 @@ from typing import Any
 
 import torch
 
-from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
+from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from agent_forge.phases.cognate.data import CognateData, specialist_mixture, supervised_share, trunk_mixture
-from agent_forge.phases.cognate.evidence import (
-    REPORT_SEED,
-    Subject,
-    chance_of,
-    far_mix,
-    own_claim,
-    recurses,
-    report_set,
-)
+from agent_forge.phases.cognate.evidence import Subject, far_mix, own_claim, recurses
 from agent_forge.pipeline.phase import Progress
+from forgekit.data.plans import GymMix
+from forgekit.data.problems import REPORT_SEED, held_out
 from forgekit.measure.evidence import Evidence
+from forgekit.measure.problems import chance_of
 from forgekit.measure.scores import score_problems, score_text
 from forgekit.models.config import GPTConfig
 from forgekit.models.io import build_model
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import gathered
-from forgekit.train.loop import Trainer
+from forgekit.train.loop import StepInfo, Trainer
 
 Show = Callable[[Progress], None]
 
@@ -67,8 +62,11 @@ class Bench:
         if start is not None:
             model.load_state_dict(start.state_dict())
         folder = self.folder and self.folder / re.sub(r"\W+", "-", name)
-        observer = lambda info: self.show(Progress(name, info.step, info.steps))  # noqa: E731
-        Trainer(model, mixture, train, folder, observer=observer).run()
+
+        def observe(info: StepInfo) -> None:
+            self.show(Progress(name, info.step, info.steps))
+
+        Trainer(model, mixture, train, folder, observer=observe).run()
         return gathered(model, lambda: build_model(shape)).eval()
 
     def seeds(self, *plans: SpecialistPlan) -> tuple[int, ...]:
@@ -77,7 +75,7 @@ class Bench:
 
     def skill(self, claim: str, mix: tuple[GymMix, ...], sides: tuple, **facts: Any) -> Evidence:
         """Exact answers of two models on a mix's report problems; ``facts`` are the evidence's compute and seeds."""
-        problems = report_set(mix, self.config.evaluation.problems)
+        problems = held_out(mix, self.config.evaluation.problems)
         before, after = (score_problems(m, self.data.tokenizer, problems) for m in sides)
         return Evidence.compare(
             claim=claim,

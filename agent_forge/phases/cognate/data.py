@@ -7,22 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
-from forgekit.data import catalogue
+from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from forgekit.data.batches import Mixture, ProblemSource, TextSource, encode_texts
-from forgekit.data.contamination import bench_texts, ngram_index, scan
-from forgekit.data.gym import Problem, generate
-from forgekit.data.quality import QualityConfig, clean
+from forgekit.data.gym import Problem
+from forgekit.data.problems import draw
+from forgekit.data.texts import load_texts
 from forgekit.data.tokenizer import chat_text, train_tokenizer
-from forgekit.errors import DataError
 from forgekit.train.config import TrainConfig
-
-SHARES = {"train": 0.9, "select": 0.04, "report": 0.06}
-SPLIT_SEED = 1
-"""Which documents are held out; changes when a report split has been looked at while choosing (docs/LOG.md)."""
-
-GRAM = 13
-"""Words in a row that count as the same text (the GPT-3 paper's contamination test)."""
 
 
 @dataclass
@@ -64,7 +55,7 @@ def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> Cogn
         vocab_size: rows of the vocabulary.
         folder: a data folder, or None for what every machine has.
     """
-    texts, provenance, notes = load_texts(config, folder)
+    texts, provenance, notes = load_texts(config.text, folder)
     train_texts = texts["train"]
     problems = draw(config.trunk_mix, config.pool, config.trunk.seed)
     shown = [
@@ -81,80 +72,6 @@ def prepare(config: CognateConfig, vocab_size: int, folder: Path | None) -> Cogn
         "mix": [m.model_dump() for m in config.trunk_mix],
     }
     return CognateData(tokenizer, train_texts, texts["select"], texts["report"], problems, [*provenance, gym], notes)
-
-
-def load_texts(config: CognateConfig, folder: Path | None):
-    """(texts by split, provenance, notes); documents are split by content, benchmarks kept out."""
-    plan = config.text
-    names = list(plan.names)
-    if folder is not None:
-        status = {s.name: s.found for s in catalogue.available(folder)}
-        names += [n for n in plan.local if status.get(n)]
-    rows, provenance, notes = [], [], []
-    for name in names:
-        split = "train" if _has_split(name, "train", folder) else "valid"
-        loaded = catalogue.load(name, split, folder=folder, allow_hub=False)
-        part = _take(loaded.for_training(), plan.bytes_each)
-        provenance.append({**loaded.provenance(), "rows_used": len(part)})
-        notes.append(f"{name}: {len(part):,} of {loaded.row_count:,} rows, {loaded.note}")
-        rows += part
-    rows, report = clean(rows, QualityConfig())
-    notes.append(f"quality: {report.kept} of {report.total} documents kept, dropped {report.counts or 'none'}")
-    rows = _without_benchmarks(rows, folder, notes)
-    parts = {name: [r["text"] for r in part] for name, part in catalogue.split_rows(rows, SPLIT_SEED, SHARES).items()}
-    # Only the held-out grams are held in memory; the training texts, ten times as many, stream past them.
-    held_out = set().union(*(_grams(text) for name in ("select", "report") for text in parts[name]))
-    seen = set().union(*(held_out & _grams(text) for text in parts["train"]))
-    for name in ("select", "report"):
-        fresh = [text for text in parts[name] if not seen & _grams(text)]
-        notes.append(f"{name}: {len(fresh)} of {len(parts[name])} held-out documents share nothing with training")
-        parts[name] = fresh
-    if not all(parts.values()):
-        raise DataError("too little text is left after cleaning", where="text", remedy="raise text.bytes_each")
-    return parts, provenance, notes
-
-
-def _grams(text: str) -> set[int]:
-    """Hashes of every 13 words in a row (of the whole text where it is shorter)."""
-    words = text.split()
-    return {hash(tuple(words[i : i + GRAM])) for i in range(max(1, len(words) - GRAM + 1))}
-
-
-def _has_split(name: str, split: str, folder: Path | None) -> bool:
-    where = next((s.where for s in catalogue.available(folder) if s.name == name), "")
-    return f"{split}:" in where
-
-
-def _take(rows: list[dict], limit: int) -> list[dict]:
-    """Rows from the front until ``limit`` bytes."""
-    taken, total = [], 0
-    for row in rows:
-        total += len(row["text"].encode())
-        taken.append(row)
-        if total >= limit:
-            break
-    return taken
-
-
-def _without_benchmarks(rows: list[dict], folder: Path | None, notes: list[str]) -> list[dict]:
-    """Rows that share no 13-gram with a benchmark of the data folder."""
-    if folder is None or not any((folder / catalogue.BENCH).glob("*")):
-        return rows
-    index = ngram_index(bench_texts(folder))
-    kept = [row for row in rows if scan(index, [row["text"]]).clean]
-    dropped = len(rows) - len(kept)
-    notes.append(f"contamination: {dropped} of {len(rows)} documents share 13 words with a benchmark and were dropped")
-    return kept
-
-
-def draw(mix: tuple[GymMix, ...], per_level: int, seed: int, split: str = "train") -> list[Problem]:
-    """``per_level`` problems (times the part's weight when training) of every family and level of a mix."""
-    problems = []
-    for part in mix:
-        count = round(per_level * part.weight) if split == "train" else per_level
-        for level in part.levels:
-            problems += generate(part.family, level, count, seed=seed, split=split, **part.options)
-    return problems
 
 
 def supervised_share(mixture: Mixture, batches: int = 8) -> float:

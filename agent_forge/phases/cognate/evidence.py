@@ -8,23 +8,22 @@ always taking all steps.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from agent_forge.phases.cognate.config import CognateConfig, GymMix, SpecialistPlan
-from agent_forge.phases.cognate.data import CognateData, draw, supervised_share, trunk_mixture
+from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
+from agent_forge.phases.cognate.data import CognateData, supervised_share, trunk_mixture
 from forgekit.data.batches import TextSource, encode_texts
-from forgekit.data.gym import FAMILIES, Problem
+from forgekit.data.gym import Problem
+from forgekit.data.plans import GymMix
+from forgekit.data.problems import REPORT_SEED, held_out
 from forgekit.measure.evidence import Evidence, Gate
-from forgekit.measure.scores import ProblemScores, majority_share, rows_at_once, score_problems, score_text
+from forgekit.measure.problems import by_level, chance_of
+from forgekit.measure.scores import rows_at_once, score_problems, score_text
 from forgekit.models.io import build_model
-
-REPORT_SEED = 20_000
-"""Seed of the report problems; the split itself is decided by hashing each prompt."""
 
 
 @dataclass(frozen=True)
@@ -74,40 +73,6 @@ def own_claim(name: str) -> str:
     return f"{name} beats the trunk on its speciality"
 
 
-def chance_of(mix: tuple[GymMix, ...], problems: list[Problem]) -> float:
-    """Best accuracy without solving: per family and level the larger of the declared chance and the share of
-    the most frequent answer, averaged over the problems."""
-    groups = defaultdict(list)
-    for p in problems:
-        groups[p.family, p.level].append(p)
-    options = {(part.family, level): part.options for part in mix for level in part.levels}
-    rates = [
-        max(FAMILIES.get(f).chance(level, **options[f, level]), majority_share(group))
-        for (f, level), group in groups.items()
-    ]
-    return float(np.average(rates, weights=[len(group) for group in groups.values()]))
-
-
-def by_level(problems: list[Problem], scores: ProblemScores) -> dict[str, float]:
-    """Accuracy by ``family/level``."""
-    groups = defaultdict(list)
-    for p, right in zip(problems, scores.right):
-        groups[f"{p.family}/{p.level}"].append(right)
-    return {name: round(float(np.mean(rights)), 4) for name, rights in groups.items()}
-
-
-def report_set(mix: tuple[GymMix, ...], count: int, split: str = "report") -> list[Problem]:
-    """Up to ``count`` *distinct* held-out problems of every family and level of a mix.
-
-    Repeats would count one answer several times and make intervals too narrow; small families have fewer.
-    """
-    drawn = draw(mix, 3 * count, REPORT_SEED, split=split)
-    groups = defaultdict(dict)
-    for problem in drawn:
-        groups[problem.family, problem.level].setdefault(problem.prompt, problem)
-    return [problem for group in groups.values() for problem in list(group.values())[:count]]
-
-
 def _common(config: CognateConfig, *plans: SpecialistPlan, **compute: float) -> dict[str, Any]:
     seeds = (config.trunk.seed, *(plan.seed for plan in plans), REPORT_SEED)
     return {"split": "report", "seeds": seeds, "compute": compute}
@@ -120,9 +85,9 @@ def _trunk_claims(config, blank, trunk, data: CognateData, tables) -> list[Evide
     cost = {"train_tokens": tokens}
     cost["train_flops"] = tokens * trunk.config.train_flops_per_token(config.trunk.seq_len, share)
     for part in config.trunk_mix:
-        problems = report_set((part,), config.evaluation.problems)
+        problems = held_out((part,), config.evaluation.problems)
         before, after = (score_problems(m, data.tokenizer, problems) for m in (blank, trunk))
-        tables["levels"].setdefault("trunk", {}).update(by_level(problems, after))
+        tables["levels"].setdefault("trunk", {}).update(by_level(problems, after.right))
         found.append(
             Evidence.compare(
                 claim=trunk_claim(part.family),
@@ -158,12 +123,12 @@ def _trunk_claims(config, blank, trunk, data: CognateData, tables) -> list[Evide
 def _specialist_claims(config, trunk, subjects: list[Subject], data: CognateData, tables) -> list[Evidence]:
     found = []
     for speciality in subjects:
-        problems = report_set(speciality.plan.mix, config.evaluation.problems)
+        problems = held_out(speciality.plan.mix, config.evaluation.problems)
         chance, before = chance_of(speciality.plan.mix, problems), score_problems(trunk, data.tokenizer, problems)
-        tables["levels"].setdefault("trunk", {}).update(by_level(problems, before))
+        tables["levels"].setdefault("trunk", {}).update(by_level(problems, before.right))
         for subject in subjects:
             after = score_problems(subject.model, data.tokenizer, problems)
-            tables["levels"].setdefault(subject.plan.name, {}).update(by_level(problems, after))
+            tables["levels"].setdefault(subject.plan.name, {}).update(by_level(problems, after.right))
             own = subject is speciality
             train = config.training_of(subject.plan)
             found.append(
@@ -203,7 +168,7 @@ def _memory_claims(config, subjects: list[Subject], data: CognateData) -> list[E
         if not practised or not getattr(subject.model.config, "memories", ()) or not subject.model.config.reach:
             continue
         part = far_mix(config, subject.model)
-        problems = report_set((part,), config.evaluation.problems)
+        problems = held_out((part,), config.evaluation.problems)
         mute = score_problems(silence_memory(subject.model), data.tokenizer, problems)
         heard = score_problems(subject.model, data.tokenizer, problems)
         found.append(
@@ -234,14 +199,14 @@ def _halting_claims(config, trunk, subjects: list[Subject], data: CognateData, t
     texts, histogram = report_windows(data, config), {}
     found: list[Evidence] = []
     if recurses(trunk):
-        skills = report_set(config.trunk_mix, config.evaluation.problems)
+        skills = held_out(config.trunk_mix, config.evaluation.problems)
         histogram["trunk, its skills"] = step_histogram(trunk, data, skills)
         histogram["trunk, text"] = text_histogram(trunk, texts)
     for subject in subjects:
         if not recurses(subject.model):
             continue
         name = subject.plan.name
-        problems = report_set(subject.plan.mix, config.evaluation.problems)
+        problems = held_out(subject.plan.mix, config.evaluation.problems)
         halted = score_problems(subject.model, data.tokenizer, problems)
         full = score_problems(with_threshold(subject.model, 1.0), data.tokenizer, problems)
         histogram[f"{name}, its speciality"] = step_histogram(subject.model, data, problems)
