@@ -92,34 +92,16 @@ def show_results(forge, results: dict) -> None:
                 if reason.startswith("no"):
                     say(f"  {reason}", "red")
         say(f"{name}: {result.duration_seconds:.0f} s")
-    _conversation(forge, results)
+    _conversation(results)
     say(f"next: agent-forge chat        agent-forge report {forge.session_id[:8]} --json        agent-forge models")
 
 
-def _conversation(forge, results: dict) -> None:
-    """A few real questions to every model of the last phase, and what it really answers."""
-    from forgekit.data.gym import generate
-    from forgekit.data.tokenizer import question
-    from forgekit.infer.engine import Engine
-    from forgekit.infer.sampling import SamplingConfig
-    from forgekit.models.io import read_model
-
-    result = list(results.values())[-1]
-    ids = result.artifacts.get("all_models") or [result.model]
+def _conversation(results: dict) -> None:
+    """What the last phase's models were asked and answered."""
     rows = []
-    for name, model_id in zip(result.artifacts.get("model_names", ids), ids):
-        engine = Engine(*read_model(forge.storage.resolve(model_id)))
-        plan = next((s for s in result.config.get("specialists", []) if s["name"] == name), None)
-        mix = [*(plan["mix"] if plan else []), {"family": "sort", "levels": [3], "options": {}}]
-        problems = [
-            generate(m["family"], m["levels"][-1], 1, seed=7, split="report", **m["options"])[0] for m in mix[:3]
-        ]
-        answers = engine.generate(
-            [question(p.prompt) for p in problems], SamplingConfig(max_tokens=24, temperature=0.0)
-        )
-        for p, a in zip(problems, answers):
-            mark = "[green]right[/]" if a.text == p.answer else f"[red]wrong[/], it is {p.answer}"
-            rows.append(
-                [name, p.prompt if len(p.prompt) < 90 else f"{p.prompt[:60]} ... {p.prompt[-22:]}", a.text, mark]
-            )
-    table("a short conversation", ["model", "asked", "answered", ""], rows)
+    for line in list(results.values())[-1].artifacts.get("conversation", []):
+        mark = "[green]right[/]" if line["right"] else f"[red]wrong[/], it is {line['expected']}"
+        asked = line["asked"] if len(line["asked"]) < 90 else f"{line['asked'][:60]} ... {line['asked'][-22:]}"
+        rows.append([line["model"], asked, line["answered"], mark])
+    if rows:
+        table("a short conversation", ["model", "asked", "answered", ""], rows)

@@ -99,6 +99,27 @@ class Evidence(Config):
         """
         return judge(before, after, Question.build(question, "evidence"))
 
+    @classmethod
+    def of_statistic(cls, *, before: float, after: float, change: Interval, n: int, **question: Any) -> Evidence:
+        """Compare two values of a statistic that is no mean over items, such as a composite of several scores.
+
+        Args:
+            before: its value before.
+            after: its value after.
+            change: ``after - before`` with its 95 % interval, from resampling the items both share.
+            n: paired items behind it.
+            question: the fields of :class:`Question`.
+
+        Raises:
+            ConfigError: a field of the question is missing, unknown or not valid.
+        """
+        asked = Question.build(question, "evidence")
+        values = asked.model_dump(exclude={"higher_is_better", "parent_must_beat_chance"})
+        low, high = change[1:] if asked.higher_is_better else (-change[2], -change[1])
+        verdict = "improved" if low > 0 else "worse" if high < 0 else "no-difference"
+        values |= {"before": before, "after": after, "ci95": change[1:], "n": n}
+        return cls.build({**values, "verdict": verdict if n >= MINIMUM_ITEMS else "no-signal"}, "evidence")
+
     def __str__(self) -> str:
         if self.before is None or self.after is None or self.ci95 is None:
             return f"{self.claim}: {self.verdict} ({self.metric} not measured on both sides)"

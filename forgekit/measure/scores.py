@@ -62,9 +62,13 @@ def score_problems(model, tokenizer, problems: list[Problem], batch_tokens: int 
         problems: at least one.
         batch_tokens: tokens scored at once; problems of similar length share a batch.
     """
-    source = ProblemSource(tokenizer, problems)
+    return score_source(model, ProblemSource(tokenizer, problems), batch_tokens)
+
+
+def score_source(model, source: ProblemSource, batch_tokens: int = 16384) -> ProblemScores:
+    """As :func:`score_problems`, on problems that are tokenized already: a search scores the same ones often."""
     device = next(model.parameters()).device
-    columns = np.zeros((4, len(problems)))
+    columns = np.zeros((4, len(source.size)))
     order = np.argsort(source.size, kind="stable")
     was_training, at, taken = model.training, 0, np.zeros(1, dtype=np.int64)
     model.eval()
@@ -130,30 +134,47 @@ def rows_at_once(model, length: int) -> int:
     return max(1, 2**25 // (length * model.config.vocab_size))
 
 
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of tokenized text: ``ids`` (N, length + 1) and the UTF-8 ``bytes`` (N,) that are predicted in each."""
+
+    ids: np.ndarray
+    bytes: np.ndarray
+
+
 def score_text(model, tokenizer, texts: Iterable[str], length: int, windows: int) -> TextScores:
     """Score up to ``windows`` windows of ``length`` tokens, evenly spread over the texts; each starts fresh.
 
     Raises:
         DataError: the texts are shorter than one window.
     """
+    return score_windows(model, cut_windows(tokenizer, texts, length, windows))
+
+
+def cut_windows(tokenizer, texts: Iterable[str], length: int, windows: int) -> TextWindows:
+    """The windows that :func:`score_text` scores; raises as it does."""
     tokens = encode_texts(tokenizer, texts)
     count = min(windows, (len(tokens) - 1) // length)
     if count < 1:
         raise DataError(f"{len(tokens)} tokens are fewer than a window of {length}", where="text", remedy="give more")
     starts = np.linspace(0, len(tokens) - 1 - length, count).astype(int)
-    sizes = byte_lengths(tokenizer)
-    device, bits, counted = next(model.parameters()).device, [], []
+    ids = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
+    return TextWindows(ids, np.maximum(1, byte_lengths(tokenizer)[ids[:, 1:]].sum(1)).astype(float))
+
+
+def score_windows(model, windows: TextWindows) -> TextScores:
+    """As :func:`score_text`, on windows that are cut already."""
+    count, length = len(windows.ids), windows.ids.shape[1] - 1
+    device, bits = next(model.parameters()).device, []
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for chunk in np.array_split(starts, math.ceil(count / rows_at_once(model, length))):
-            window = tokens[chunk[:, None] + np.arange(length + 1)].astype(np.int64)
-            ids, labels = torch.from_numpy(window[:, :-1]).to(device), torch.from_numpy(window[:, 1:]).to(device)
+        for chunk in np.array_split(windows.ids, math.ceil(count / rows_at_once(model, length))):
+            ids, labels = (torch.from_numpy(part).to(device) for part in (chunk[:, :-1], chunk[:, 1:]))
             nats = F.cross_entropy(model(ids).logits.transpose(1, 2).float(), labels, reduction="none")
             bits.append(nats.double().sum(1).cpu().numpy() / math.log(2))
-            counted.append(np.maximum(1, sizes[window[:, 1:]].sum(1)))
     model.train(was_training)
-    return TextScores(np.concatenate(bits), np.concatenate(counted).astype(float))
+    return TextScores(np.concatenate(bits), windows.bytes)
 
 
 def byte_lengths(tokenizer) -> np.ndarray:

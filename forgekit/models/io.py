@@ -97,6 +97,13 @@ def read_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     return model.eval(), load_tokenizer(folder)
 
 
+def _sharded(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all files that the index beside ``path`` names."""
+    placed = json.loads(path.with_name(f"{path.name}.index.json").read_text(encoding="utf-8"))["weight_map"]
+    files = dict.fromkeys(placed.values())
+    return {name: tensor for file in files for name, tensor in load_file(str(path.parent / file)).items()}
+
+
 def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Fill a model from a safetensors file; every tensor must be there and fit.
 
@@ -104,10 +111,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         ArtifactError: missing or truncated file, missing, surplus or misshapen tensor.
     """
     try:
-        tensors = load_file(str(path))
+        tensors = load_file(str(path)) if path.exists() else _sharded(path)
     except FileNotFoundError:
         raise ArtifactError("no weights here", where=str(path), remedy="use a complete artifact folder") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"corrupt weights ({error})", where=str(path), remedy="restore the artifact") from None
     try:
         model.load_state_dict(tensors)

@@ -305,6 +305,7 @@ class ModelRegistry:
         target_phase: str | None = None,
         validation_status: str = "pending",
         validation_metrics: dict[str, Any] | None = None,
+        handoff_id: str | None = None,
     ) -> str:
         """Record that a model was handed to a phase; returns the handoff's id.
 
@@ -314,21 +315,33 @@ class ModelRegistry:
             target_phase: the receiving phase; the target model's own when omitted.
             validation_status: passed, failed or pending.
             validation_metrics: what the validation measured.
+            handoff_id: an id of the caller's, whose earlier row is replaced; a new one when omitted.
 
         Raises:
             ArtifactError: one of the models is not registered.
             ConfigError: unknown status.
         """
         _one_of("validation_status", validation_status, VALIDATIONS)
-        handoff_id = str(uuid.uuid4())
+        handoff_id = handoff_id or str(uuid.uuid4())
         with self.transaction() as connection:
             source, target = (self._known_model(model_id) for model_id in (source_model_id, target_model_id))
             phase = canonical_phase(target_phase) if target_phase is not None else target["phase_name"]
             values = (handoff_id, source["phase_name"], phase, source_model_id, target_model_id, utc_text())
             metrics = json.dumps(validation_metrics or {}, default=str)
-            insert = "INSERT INTO phase_handoffs VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            insert = "INSERT OR REPLACE INTO phase_handoffs VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
             connection.execute(insert, (*values, validation_status, metrics))
         return handoff_id
+
+    def complete_handoff(self, handoff_id: str, target_model_id: str) -> None:
+        """Enter what a phase made of a model that was handed to it; an unknown id is passed over.
+
+        Raises:
+            ArtifactError: the model is not registered.
+        """
+        with self.transaction() as connection:
+            self._known_model(target_model_id)
+            change = "UPDATE phase_handoffs SET target_model_id = ? WHERE handoff_id = ?"
+            connection.execute(change, (target_model_id, handoff_id))
 
     def get_handoffs(self, session_id: str) -> list[Row]:
         """Handoffs from or to models of the session, oldest first, with ``validation_metrics`` decoded."""

@@ -56,8 +56,44 @@ COGNATE: tuple[Row, ...] = (
     ("phase/success", "bool", "phase", "whether the phase finished and its outputs are valid"),
 )
 
+_GENERATION = "generation_{" + ",".join(map(str, range(51))) + "}"
+# Phase 2 of the sources: generation 0 and fifty more. A search that converges earlier emits those it made.
+EVOMERGE: tuple[Row, ...] = (
+    (f"{_GENERATION}/best_fitness", "1", "epoch", "composite fitness of the generation's best child, select split"),
+    (f"{_GENERATION}/avg_fitness", "1", "epoch", "mean over the generation"),
+    (f"{_GENERATION}/min_fitness", "1", "epoch", "lowest of the generation"),
+    (f"{_GENERATION}/max_fitness", "1", "epoch", "highest of the generation"),
+    (f"{_GENERATION}/diversity_score", "1", "epoch", "mean relative distance of the children's task vectors"),
+    (f"{_GENERATION}/fitness_std", "1", "epoch", "standard deviation over the generation"),
+    (f"{_GENERATION}/best_perplexity", "1/byte", "epoch", "the best child's perplexity per byte of text"),
+    (f"{_GENERATION}/best_accuracy", "share", "epoch", "the best child's exact answers, mean over specialities"),
+    (f"{_GENERATION}/best_speed_tps", "tokens/s", "epoch", "tokens it read per second of scoring, one thread"),
+    (f"{_GENERATION}/best_memory_mb", "MB", "epoch", "bytes of its weights / 2**20"),
+    (f"{_GENERATION}/elite_combo_usage", "children", "epoch", "elite children by the combination they go back to"),
+    (f"{_GENERATION}/loser_combo_chosen", "combination", "epoch", "combinations drawn for the losers"),
+    ("phase/initial_fitness", "1", "phase", "generation 0's best, select split"),
+    ("phase/final_fitness", "1", "phase", "the champion's, select split"),
+    ("phase/fitness_improvement", "1", "phase", "final less initial fitness"),
+    ("phase/fitness_improvement_percent", "%", "phase", "the same as a share of the initial fitness"),
+    ("phase/generations_completed", "generations", "phase", "generations that were scored"),
+    ("phase/evaluations", "candidates", "phase", "candidates that were scored"),
+    ("phase/champion_combo_id", "combination", "phase", "combination the champion is; -1 where it was made otherwise"),
+    ("phase/champion_combo_binary", "text", "phase", "the same in three bits"),
+    ("phase/champion_recipe", "text", "phase", "how the champion was made"),
+    ("phase/compression_ratio", "1", "phase", "parameters of all parents over the champion's"),
+    ("phase/parameters_before", "parameters", "phase", "of all parents together"),
+    ("phase/parameters_after", "parameters", "phase", "of the champion"),
+    ("phase/final_accuracy", "share", "phase", "the champion's exact answers, report split"),
+    ("phase/final_perplexity", "1/byte", "phase", "the champion's perplexity per byte, report split"),
+    ("phase/duration_seconds", "s", "phase", "wall-clock time of the phase"),
+    ("handoff/from_phase1", "bool", "phase", "whether phase 1's models satisfied the contract"),
+    ("handoff/to_phase3", "bool", "phase", "whether the champion satisfies phase 3's contract"),
+    ("handoff/champion_fitness", "1", "phase", "the champion's composite, report split"),
+)
+
 CATALOGUES = Registry("metrics")
 CATALOGUES.lazy("cognate", f"{__name__}:COGNATE")
+CATALOGUES.lazy("evomerge", f"{__name__}:EVOMERGE")
 
 
 def catalogue(phase: str) -> dict[str, Metric]:

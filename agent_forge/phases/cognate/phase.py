@@ -19,9 +19,11 @@ from agent_forge.phases.cognate.card import card
 from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from agent_forge.phases.cognate.data import CognateData, prepare, specialist_mixture, trunk_mixture
 from agent_forge.phases.cognate.evidence import Subject, gate, measure
+from agent_forge.pipeline.conversation import converse
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
+from forgekit.data.texts import SHARES, SPLIT_SEED
 from forgekit.measure.evidence import Evidence
 from forgekit.models.io import build_model, load_weights
 from forgekit.store import fsio
@@ -87,6 +89,7 @@ class CognatePhase(PhaseController):
                 "seeds": [p.seed for p in config.specialists],
                 "data": data.provenance,
                 "gate": decision.model_dump(),
+                "conversation": agreed(lambda: self._conversation(made, data)),
             },
             duration_seconds=seconds,
             config=config.model_dump(mode="json"),
@@ -100,6 +103,15 @@ class CognatePhase(PhaseController):
         found = ablations(Bench(self.config, data, trunk.model, subjects, self.context.show, folder))
         agreed(lambda: folder.is_dir() and fsio.remove_tree(folder))
         return found
+
+    def _conversation(self, made: list[Made], data: CognateData) -> list[dict[str, Any]]:
+        """Each specialist on its speciality, and on one of the trunk's skills."""
+        skill = self.config.trunk_mix[-1]
+        return [
+            line
+            for plan, one in zip(self.config.specialists, made)
+            for line in converse(plan.name, one.model, data.tokenizer, (*plan.mix[:2], skill))
+        ]
 
     def _keep_evidence(self, evidence: list[Evidence], made: list[Made]) -> None:
         """Put into every artifact the claims of the phase that made it."""
@@ -184,12 +196,15 @@ class CognatePhase(PhaseController):
 
     def _save(self, name: str, model, train: TrainConfig, losses: list[float], lineage: dict, data: CognateData) -> str:
         final = statistics.fmean(losses[-20:])
+        own = next((plan.mix for plan in self.config.specialists if plan.name == name), self.config.trunk_mix)
         metadata = {
             **lineage,
             "seeds": [train.seed],
             "seed": train.seed,
             "specialization": name if name in SPECIALIZATIONS else None,
             "tags": ["cognate", name],
+            "text_split": {"seed": SPLIT_SEED, "shares": SHARES},
+            "speciality": [part.model_dump(mode="json") for part in own],
             "final_loss": final,
             "losses": losses,
             "metrics": {"final_loss": final, "tokens": train.steps * train.rows * train.seq_len},

@@ -1,0 +1,134 @@
+"""What phase 2 claims, measured on the report split, which chose nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agent_forge.phases.evomerge.config import EvoMergeConfig
+from agent_forge.phases.evomerge.fitness import Marks, Reference, composite_change, parts
+from forgekit.data.gym import Problem
+from forgekit.data.plans import GymMix
+from forgekit.data.problems import REPORT_SEED
+from forgekit.measure.evidence import Evidence, Gate
+from forgekit.measure.problems import by_level, chance_of
+
+BEST_PARENT = "the champion beats the best parent"
+FIRST_BEST = "the champion beats generation 0's best"
+
+
+@dataclass(frozen=True)
+class Finals:
+    """The report's measurements.
+
+    Attributes:
+        marks: of the base, the parents, generation 0's best and the champion, by name.
+        problems: by speciality, in the order of the marks.
+        mixes: of each speciality.
+        parents: names; ``best`` is the one whose composite is highest on the select split.
+        reference: what costs are measured against.
+        compute: what the search cost.
+    """
+
+    marks: Mapping[str, Marks]
+    problems: Mapping[str, list[Problem]]
+    mixes: Mapping[str, tuple[GymMix, ...]]
+    parents: tuple[str, ...]
+    best: str
+    reference: Reference
+    compute: dict[str, float]
+
+
+def kept_claim(name: str) -> str:
+    """The claim about one speciality."""
+    return f"the champion on the speciality of {name}"
+
+
+def gate(policy: str) -> Gate:
+    """What phase 2 must show: one model that is better than the best of its parents."""
+    return Gate(name="evomerge", requires={BEST_PARENT: "improved"}, policy=policy)
+
+
+def measure(config: EvoMergeConfig, finals: Finals) -> tuple[list[Evidence], dict[str, Any]]:
+    """The claims, and tables: accuracies by family and level, and which specialities were kept."""
+    common = {"split": "report", "seeds": (config.seed, REPORT_SEED), "compute": finals.compute}
+    found = [
+        _composite(config, finals, finals.best, BEST_PARENT, common),
+        _composite(config, finals, "generation 0 best", FIRST_BEST, common),
+    ]
+    kept: dict[str, dict[str, Any]] = {}
+    champion = finals.marks["champion"]
+    for name, problems in finals.problems.items():
+        own = finals.marks[name]
+        evidence = Evidence.compare(
+            claim=kept_claim(name),
+            metric="exact_match",
+            before=own.right[name],
+            after=champion.right[name],
+            chance=chance_of(finals.mixes[name], problems),
+            **common,
+        )
+        found.append(evidence)
+        lost = evidence.before - evidence.after
+        kept[name] = {"before": evidence.before, "after": evidence.after, "kept": bool(lost <= config.kept_within)}
+    found.append(_text(finals, common))
+    levels = {
+        model: {
+            cell: value
+            for name, problems in finals.problems.items()
+            for cell, value in by_level(problems, finals.marks[model].right[name]).items()
+        }
+        for model in (*finals.parents, "champion")
+    }
+    return found, {"levels": levels, "kept": kept}
+
+
+def _composite(config: EvoMergeConfig, finals: Finals, rival: str, claim: str, common: dict[str, Any]) -> Evidence:
+    before, after = finals.marks[rival], finals.marks["champion"]
+    values = [parts(marks, config.fitness, finals.reference)["composite"] for marks in (before, after)]
+    return Evidence.of_statistic(
+        claim=claim,
+        metric="composite_fitness",
+        before=values[0],
+        after=values[1],
+        change=composite_change(before, after, config.fitness, finals.reference),
+        n=sum(len(right) for right in after.right.values()) + len(after.bits),
+        chance=None,
+        **common,
+    )
+
+
+def _text(finals: Finals, common: dict[str, Any]) -> Evidence:
+    before, after = finals.marks[finals.best], finals.marks["champion"]
+    return Evidence.compare(
+        claim="the champion's text against the best parent's",
+        metric="bits_per_byte",
+        before=before.bits / before.bytes,
+        after=after.bits / after.bytes,
+        chance=None,
+        higher_is_better=False,
+        **common,
+    )
+
+
+def strategy_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Strategies at equal evaluations: mean and range over seeds of the report composite of each one's champion."""
+    table = []
+    for name in dict.fromkeys(run["strategy"] for run in runs):
+        own = [run for run in runs if run["strategy"] == name]
+        report, select = (np.array([run[split] for run in own]) for split in ("report", "select"))
+        table.append(
+            {
+                "strategy": name,
+                "seeds": len(own),
+                "evaluations": own[0]["evaluations"],
+                "select": float(select.mean()),
+                "report": float(report.mean()),
+                "report_min": float(report.min()),
+                "report_max": float(report.max()),
+            }
+        )
+    return table
