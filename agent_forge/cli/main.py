@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from agent_forge.cli import commands_data, commands_house, commands_models, commands_run, commands_serve, commands_talk
+from agent_forge.cli import (
+    commands_data,
+    commands_handon,
+    commands_house,
+    commands_models,
+    commands_report,
+    commands_run,
+    commands_serve,
+    commands_talk,
+)
 
 app = typer.Typer(
     name="agent-forge",
@@ -21,7 +30,16 @@ app = typer.Typer(
 # Typer carries its own copy of click in some versions and uses the installed one in others.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-for module in (commands_run, commands_models, commands_talk, commands_serve, commands_data, commands_house):
+for module in (
+    commands_run,
+    commands_report,
+    commands_models,
+    commands_talk,
+    commands_serve,
+    commands_handon,
+    commands_data,
+    commands_house,
+):
     module.attach(app)
 
 

@@ -12,6 +12,7 @@ METRICS = {
     "exact_match": "share of exact answers",
     "nats_per_answer_token": "nats per answer token (lower is better)",
     "bits_per_byte": "bits per byte of held-out text (lower is better)",
+    "composite_fitness": "composite of text, answers, speed and memory",
     "steps_per_token": "recursion steps per answer token (lower is better)",
 }
 
@@ -68,6 +69,57 @@ def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, An
         columns = ["model", *(f"{s} step{'s' * (s != '1')}>" for s in steps)]
         table(f"{name}: share of tokens by recursion steps taken", columns, rows)
 
+    _show_search(name, tables)
+
+
+def _show_search(name: str, tables: dict[str, Any]) -> None:
+    """What a merge search leaves: fitness on both splits, which specialities were kept, strategies compared."""
+    fitness = tables.get("fitness_table", {})
+    if fitness:
+        rows = [
+            [
+                model.replace("_", " "),
+                *(f"{row[split]['composite']:.4f}" for split in ("select", "report")),
+                f"{100 * row['report']['accuracy']:.1f}",
+                f"{row['report']['bits_per_byte']:.3f}",
+                f"{row['report']['flops_per_token'] / 1e6:.2f}",
+            ]
+            for model, row in fitness.items()
+        ]
+        columns = ["model", "select>", "report>", "answers, %>", "bits per byte>", "MFLOPs per token>"]
+        table(f"{name}: composite fitness, chosen on select, told on report", columns, rows)
+        gains = tables["gains"]
+        curse = gains["select"] - gains["report"]
+        say(
+            f"gain over the best parent: {gains['select']:+.4f} on the split that chose, {gains['report']:+.4f} on the "
+            f"one that did not; the difference of {curse:+.4f} is the winner's curse"
+        )
+    kept = tables.get("kept", {})
+    if kept:
+        rows = [
+            [
+                speciality.replace("_", " "),
+                _percent(row["before"]),
+                _percent(row["after"]),
+                "yes" if row["kept"] else "no",
+            ]
+            for speciality, row in kept.items()
+        ]
+        table(f"{name}: specialities kept", ["speciality of", "specialist, %>", "champion, %>", "kept"], rows)
+    compared = tables.get("strategy_table", [])
+    if compared:
+        rows = [
+            [
+                row["strategy"],
+                f"{row['select']:.4f}",
+                f"{row['report']:.4f}",
+                f"{row['report_min']:.4f} to {row['report_max']:.4f}",
+            ]
+            for row in compared
+        ]
+        title = f"{name}: strategies, {compared[0]['evaluations']} candidates each, {compared[0]['seeds']} seeds"
+        table(title, ["strategy", "select>", "report>", "range"], rows)
+
 
 def _evidence_row(e: dict[str, Any]) -> list[str]:
     interval = f"{e['ci95'][0]:+.2f} {e['ci95'][1]:+.2f}" if e["ci95"] else "-"
@@ -93,7 +145,7 @@ def show_results(forge, results: dict) -> None:
                     say(f"  {reason}", "red")
         say(f"{name}: {result.duration_seconds:.0f} s")
     _conversation(results)
-    say(f"next: agent-forge chat        agent-forge report {forge.session_id[:8]} --json        agent-forge models")
+    say(f"next: agent-forge report {forge.session_id[:8]}        agent-forge chat        agent-forge serve latest")
 
 
 def _conversation(results: dict) -> None:

@@ -35,14 +35,20 @@ class Journey:
     def result(self) -> dict[str, Any]:
         return self.run["results"]["cognate"]
 
+    @property
+    def merged(self) -> dict[str, Any]:
+        """Phase 2's result."""
+        return self.run["results"]["evomerge"]
+
     def folder(self, model: str) -> Path:
-        """The artifact folder of ``trunk`` or of a specialist."""
-        return self.home / "storage" / "sessions" / self.session / "phase1_cognate" / model
+        """The artifact folder of ``trunk``, of a specialist or of the champion."""
+        phase = "phase2_evomerge" if model == "champion" else "phase1_cognate"
+        return self.home / "storage" / "sessions" / self.session / phase / model
 
 
 @pytest.fixture(scope="session")
 def journey(tmp_path_factory) -> Journey:
-    """Phase 1 from nothing, ablations included, by ``agent-forge run``. Nobody may change what it made."""
+    """Every phase there is, ablations included, by ``agent-forge run``. Nobody may change what it made."""
 
     def make(folder: Path) -> None:
         home = folder / "home"

@@ -42,7 +42,7 @@ def test_run_prints_one_json_document_with_every_result(journey):
 
 def test_report_prints_evidence_with_exactly_the_fields_of_the_design(ask, journey):
     records = ask("report", journey.session[:8])
-    assert records == journey.result["evidence"]
+    assert records == journey.result["evidence"] + journey.merged["evidence"]
     assert all(tuple(record) == EVIDENCE for record in records)
     assert tuple(Evidence.model_fields) == EVIDENCE
     assert {r["verdict"] for r in records} <= {"improved", "no-difference", "worse", "no-signal"}
@@ -63,19 +63,29 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
     # Through the public logger: what an earlier process of the session emitted counts as emitted.
     with PipelineLogger(journey.home / "storage" / "sessions" / journey.session, journey.session) as pipeline:
         logger: PhaseLogger = pipeline.phase("cognate")
-    assert len(logger.catalogue) > 30
+        merging: PhaseLogger = pipeline.phase("evomerge")
+    assert len(logger.catalogue) > 30 and len(merging.catalogue) > 600
     assert logger.missing() == []
+    made = journey.merged["metrics"]["phase/generations_completed"]
+    assert made >= 1
+    later = [
+        name for number in range(made, 51) for name in merging.catalogue if name.startswith(f"generation_{number}/")
+    ]
+    assert merging.missing() == later, "generations that were not made, and nothing else"
 
 
-def test_models_lists_the_four_and_specialists_descend_from_the_trunk(ask, journey):
+def test_models_lists_the_five_and_specialists_descend_from_the_trunk(ask, journey):
     rows = ask("models", "--session", journey.session)
-    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS}
+    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS, "champion"}
     trunk = journey.result["artifacts"]["trunk"]
     assert [r["model_id"] for r in ask("models", "--tag", "trunk")] == [trunk]
     for model_id in journey.result["artifacts"]["all_models"]:
         assert ask("model", model_id, "--info")["ancestors"] == [trunk]
     info = ask("model", trunk)
-    assert info["ancestors"] == [] and set(info["descendants"]) == set(journey.result["artifacts"]["all_models"])
+    made = {*journey.result["artifacts"]["all_models"], journey.merged["model"]}
+    assert info["ancestors"] == [] and set(info["descendants"]) == made
+    champion = ask("model", journey.merged["model"])
+    assert set(champion["ancestors"]) == {trunk, *journey.result["artifacts"]["all_models"]}
     assert info["parameters"] > 50_000 and info["session_id"] == journey.session and info["data_hash"]
 
 
@@ -87,8 +97,8 @@ def test_status_phases_logs_and_plan_speak_json(ask, journey):
     phases = ask("phases")
     assert [p["number"] for p in phases] == list(range(1, 9)) and phases[0]["built"]
     plan = ask("plan", "--profile", journey.profile)
-    assert plan["phases"] == ["cognate"] and plan["disk_bytes"] > 0
-    assert [s["stage"] for s in plan["stages"]] == ["trunk", *SPECIALISTS]
+    assert plan["phases"] == ["cognate", "evomerge"] and plan["disk_bytes"] > 0
+    assert [s["stage"] for s in plan["stages"] if s["phase"] == "cognate"] == ["trunk", *SPECIALISTS]
     assert sum(plan["model"]["split"].values()) == plan["model"]["parameters"]
 
 
@@ -109,6 +119,7 @@ def test_tables_for_people_name_what_json_names(forge, journey):
     assert "not yet" in forge(*storage, "phases").out
     assert "trunk learned copy" in forge(*storage, "report").out
     assert "memory_integration" in forge(*storage, "models").out
+    assert "the champion beats the best parent" in forge(*storage, "report").out
     assert "specialization" in forge(*storage, "model", "latest").out
     plan = forge(*storage, "plan", "--profile", journey.profile)
     assert "embedding" in plan.out and "MFLOP/token" in plan.err

@@ -15,6 +15,8 @@ SHIPPED = ("forgekit", "agent_forge", "bagley", "scripts", "benchmarks")
 MANY_PARAMETERS = {
     "forgekit/store/storage.py: save_model": "the signature of the sources: the model, its place, what goes with it",
     "agent_forge/cli/commands_run.py: run": "the parameters of a command are its options",
+    "agent_forge/cli/commands_handon.py: compare": "the parameters of a command are its options",
+    "agent_forge/cli/commands_handon.py: export": "the parameters of a command are its options",
     "agent_forge/cli/commands_serve.py: merge": "the parameters of a command are its options",
     "agent_forge/cli/commands_serve.py: serve": "the parameters of a command are its options",
     "agent_forge/cli/commands_talk.py: chat": "the parameters of a command are its options",

@@ -18,6 +18,7 @@ from forgekit.measure.problems import by_level, chance_of
 
 BEST_PARENT = "the champion beats the best parent"
 FIRST_BEST = "the champion beats generation 0's best"
+ANCESTOR = "the champion beats the common ancestor"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Finals:
         marks: of the base, the parents, generation 0's best and the champion, by name.
         problems: by speciality, in the order of the marks.
         mixes: of each speciality.
-        parents: names; ``best`` is the one whose composite is highest on the select split.
+        parents: names; ``base``: the common ancestor's; ``best``: the parent whose composite is highest on select.
         reference: what costs are measured against.
         compute: what the search cost.
     """
@@ -37,6 +38,7 @@ class Finals:
     problems: Mapping[str, list[Problem]]
     mixes: Mapping[str, tuple[GymMix, ...]]
     parents: tuple[str, ...]
+    base: str
     best: str
     reference: Reference
     compute: dict[str, float]
@@ -58,6 +60,7 @@ def measure(config: EvoMergeConfig, finals: Finals) -> tuple[list[Evidence], dic
     found = [
         _composite(config, finals, finals.best, BEST_PARENT, common),
         _composite(config, finals, "generation 0 best", FIRST_BEST, common),
+        _composite(config, finals, finals.base, ANCESTOR, common),
     ]
     kept: dict[str, dict[str, Any]] = {}
     champion = finals.marks["champion"]

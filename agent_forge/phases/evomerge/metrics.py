@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from agent_forge.pipeline.handoff import validate_models
 from forgekit.tracking.loggers import PhaseLogger
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def emit_phase(phase: EvoMergePhase, search: Progress, facts: dict[str, Any]) ->
     combo = ancestral_combo(phase, search)
     row = facts["table"]["champion"]["report"]
     before, after = sum(facts["sizes"]), facts["sizes"][0]
+    context = phase.context
+    taken, given = (
+        validate_models(context.profile, *ends, context.storage, ids)
+        for *ends, ids in (("cognate", "evomerge", facts["parents"]), ("evomerge", "quietstar", [facts["model"]]))
+    )
     values = {
         "phase/initial_fitness": first,
         "phase/final_fitness": last,
@@ -61,9 +67,11 @@ def emit_phase(phase: EvoMergePhase, search: Progress, facts: dict[str, Any]) ->
         "phase/final_accuracy": row["accuracy"],
         "phase/final_perplexity": row["perplexity"],
         "phase/duration_seconds": facts["seconds"],
+        "handoff/from_phase1": taken.accepted,
+        "handoff/to_phase3": given.accepted,
         "handoff/champion_fitness": row["composite"],
     }
-    phase.context.logger.metrics(values)
+    context.logger.metrics(values)
     return values
 
 

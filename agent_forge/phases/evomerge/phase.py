@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
@@ -102,8 +103,9 @@ class EvoMergePhase(PhaseController):
         tables |= {"fitness_history": search.history, "fitness_table": table, "gains": gains}
         mix = [part for parent in parents for part in parent.speciality[:1]]
         seconds = time.perf_counter() - began
-        sizes = [sum(t.numel() for t in field.states[parent.name].values()) for parent in parents]
-        metrics = emit_phase(self, search, {"seconds": seconds, "table": table, "sizes": sizes, "recipe": recipe})
+        sizes = [sum(p.numel() for p in model.parameters())] * len(parents)  # one shape, checked
+        facts |= {"seconds": seconds, "sizes": sizes, "model": model_id, "parents": [one.model_id for one in parents]}
+        metrics = emit_phase(self, search, facts)
         return PhaseResult(
             success=True,
             model=model_id,
@@ -245,6 +247,7 @@ class EvoMergePhase(PhaseController):
             problems={name: held_out(mix, config.evaluation.problems, "report") for name, mix in mixes.items()},
             mixes=mixes,
             parents=parents,
+            base=field.base.name,
             best=max(parents, key=lambda name: table[name]["select"]["composite"]),
             reference=task.reference,
             compute={"evaluations": search.evaluations, "tokens": search.evaluations * task.exams["select"].tokens},
@@ -259,7 +262,7 @@ class EvoMergePhase(PhaseController):
         model.load_state_dict(weights)
         rows = context.storage.registry.search_models(phase=self.name, session_id=context.session_id)
         done = next((r for r in rows if r["metadata"].get("config_hash") == facts["key"]), None)
-        if done is not None:
+        if done is not None and Path(done["model_path"]).is_dir():
             return done["model_id"], model
         row = facts["table"][CHAMPION]["report"]
         everyone = [*field.parents, field.base]

@@ -1,0 +1,185 @@
+"""The report as Markdown: the same facts as the page, tables in place of drawings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from agent_forge.dashboard import words
+from agent_forge.dashboard.page import drawn_models, handed_on
+from agent_forge.dashboard.phase_section import fitness_cells, fitness_columns, strategies_by_name, strategy_rows
+from agent_forge.dashboard.tree import Merge, PhaseReport, SessionReport
+from forgekit.measure.evidence import Evidence
+
+_SPECIAL = re.compile(r"([\\`*_\[\]#|~])")
+_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def markdown(report: SessionReport) -> str:
+    """The whole report."""
+    parts = [f"# {safe(words.title(report))}", safe(words.lede(report)), table(("", ""), words.facts(report))]
+    if report.notes:
+        parts += ["## Missing or damaged", items(report.notes)]
+    parts += ["## Verdicts at a glance", _glance(report)]
+    for phase in report.phases:
+        parts += _phase(phase)
+    parts += ["## Lineage", _lineage(report), "## Sizes", _sizes(report), "## Sample conversation", *_talk(report)]
+    parts += ["## What failed its gate, and what happened then", *_refused(report)]
+    parts += ["## How to reproduce it", *_again(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def safe(text: str) -> str:
+    """Text as it is, whatever Markdown or HTML would make of it; line breaks become spaces."""
+    quiet = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return "".join(_MARKUP.get(c, c) for c in quiet)
+
+
+def code(text: str) -> str:
+    """Text in backticks; a longer fence where the text has backticks of its own."""
+    line = " ".join(text.split()).replace("|", "\\|") or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def items(lines: Sequence[str]) -> str:
+    """A list."""
+    return "\n".join(f"- {safe(line)}" for line in lines)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], raw: bool = False) -> str:
+    """A table; ``raw`` cells are Markdown already."""
+    show = str if raw else safe
+    lines = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _glance(report: SessionReport) -> str:
+    rows = [(words.VERDICTS[v][1], str(n), words.VERDICTS[v][2]) for v, n in words.counts(report).items()]
+    gates = [
+        f"Gate of phase {p.number}, {p.name}: {words.gate_line(p.gate) if p.gate else 'it has not been asked'}"
+        for p in report.phases
+    ]
+    return f"{table(('verdict', 'claims', 'meaning'), rows)}\n\n{items(gates)}"
+
+
+def _phase(phase: PhaseReport) -> list[str]:
+    about = f"{words.ABOUT.get(phase.name, '')} {words.STATES[phase.state]} {words.what(phase)}"
+    parts = [f"## Phase {phase.number}: {phase.name}", safe(about.strip()), safe(phase.error)]
+    if phase.losses:
+        rows = [
+            (words.plain(c.name), f"{c.points[-1][0]:,.0f}", *(words.digits(c.points[i][1]) for i in (0, -1)))
+            for c in phase.losses
+        ]
+        parts += ["### Training loss", table(("model", "last step", "first logged", "last logged"), rows)]
+    parts += _search(phase.merge)
+    parts.append("### Evidence")
+    for metric in dict.fromkeys(item.metric for item in phase.evidence):
+        columns = ("claim", "verdict", "before → after", "change, 95 % interval", "chance", "items")
+        rows = [_claim(item) for item in phase.evidence if item.metric == metric]
+        parts += [f"**{safe(words.metric_name(metric))}**", table(columns, rows)]
+    if not phase.evidence:
+        parts.append("No evidence was recorded for this phase: nothing is claimed for it.")
+    if phase.levels:
+        tasks = sorted({t for found in phase.levels.values() for t in found})
+        cells = [[t, *(words.percent(found.get(t)) for found in phase.levels.values())] for t in tasks]
+        parts += ["### Accuracy by task", table(("family/level", *map(words.plain, phase.levels)), cells)]
+    if phase.halting:
+        steps = list(dict.fromkeys(s for found in phase.halting.values() for s in found))
+        cells = [[words.plain(m), *(words.percent(found.get(s)) for s in steps)] for m, found in phase.halting.items()]
+        parts += ["### Halting: share of tokens by recursion steps", table(("model and text", *steps), cells)]
+    return parts
+
+
+def _claim(item: Evidence) -> tuple[str, ...]:
+    moved = f"{words.change(words.difference(item), item.metric)} ({words.interval(item)})"
+    told = (words.plain(item.claim), words.VERDICTS[item.verdict][1], words.scores(item), moved)
+    return *told, words.value(item.chance, item.metric), f"{item.n:,}"
+
+
+def _search(merge: Merge) -> list[str]:
+    parts = []
+    if merge.history:
+        names = {
+            "generation": "generation", "best_fitness": "best", "avg_fitness": "mean",
+            "champion_fitness": "champion so far", "diversity_score": "diversity",
+        }  # fmt: skip
+        rows = [[words.digits(row.get(key)) for key in names] for row in merge.history]
+        floor = "The settings record no floor of diversity."
+        floor = floor if merge.floor is None else f"Floor of diversity: {merge.floor:g}."
+        told = safe(f"{words.history_start_end(merge)} {floor}")
+        parts += ["### Search", told, table(tuple(names.values()), rows)]
+    if merge.table or merge.gains:
+        parts += ["### Fitness: chosen against reported", safe(words.curse(merge))]
+        parts.append(
+            f"Search: {safe(words.plain(merge.strategy) or 'not recorded')}. Recipe: {code(merge.recipe or '–')}"
+        )
+        rows = [(words.plain(name), *fitness_cells(splits)) for name, splits in merge.table.items()]
+        parts.append(table(("model", *fitness_columns()), rows) if rows else "")
+    if merge.kept:
+        parts += ["### Specialities kept", words.kept_about(merge), table(words.KEPT, words.kept_rows(merge))]
+    if merge.strategies:
+        columns = ("strategy", "seeds", "evaluations", "select", "report")
+        parts += ["### Strategies compared", table(columns, strategy_rows(strategies_by_name(merge.strategies)))]
+    return parts
+
+
+def _lineage(report: SessionReport) -> str:
+    drawn, left = drawn_models(report)
+    if not drawn:
+        return "No model was finished, so there is no lineage."
+    names, lead = {m.model_id: m.name for m in report.models}, handed_on(report)
+    lines = [
+        f"{m.name} ({m.phase}) from {', '.join(names.get(p, p) for p in m.parents) or 'nothing'}"
+        + ("; handed on by the last finished phase" if m.model_id in lead else "")
+        for m in drawn
+    ]
+    told = items(lines + ([f"{words.several(left, 'further model')} not listed"] if left else []))
+    rows = words.handoff_rows(report)
+    return f"{told}\n\nHanded from phase to phase:\n\n{table(words.HANDOFF, rows)}" if rows else told
+
+
+def _sizes(report: SessionReport) -> str:
+    rows = [(words.plain(m.name), f"{m.parameters:,}", words.size(m.weights)) for m in report.models]
+    return table(("model", "parameters", "weights on disk"), rows) if rows else "No model was finished."
+
+
+def _talk(report: SessionReport) -> list[str]:
+    parts = []
+    for phase in report.phases:
+        if phase.conversation:
+            rows = [
+                (safe(words.plain(a.model)), code(a.asked), code(a.answered) if a.answered else "(an empty answer)",
+                 {True: "right", False: f"wrong, expected {code(a.expected)}", None: "not marked"}[a.right])
+                for a in phase.conversation
+            ]  # fmt: skip
+            parts += [f"### After phase {phase.number}", table(("model", "asked", "answered", ""), rows, raw=True)]
+    return parts or ["No conversation was recorded. Talk to a model yourself: `agent-forge chat`"]
+
+
+def _refused(report: SessionReport) -> list[str]:
+    asked = [p for p in report.phases if p.gate is not None]
+    failed = [p for p in asked if not p.gate.passed]
+    if not asked:
+        return ["No gate has been asked in this session."]
+    if not failed:
+        return [f"Nothing: {words.several(len(asked), 'gate')} asked, and passed."]
+    parts = []
+    for phase in failed:
+        happened = f"What happened then: {words.aftermath(report, phase)} What it made is kept for study."
+        parts += [f"### Phase {phase.number}, {phase.name}", items(words.refusals(phase)), safe(happened)]
+    return parts
+
+
+def _again(report: SessionReport) -> list[str]:
+    commands = "\n".join(words.commands(report))
+    rows = [(words.plain(m.name), *words.origin(m)) for m in report.models]
+    return [
+        f"```sh\n{commands}\n```",
+        safe(words.promise(report)),
+        items(words.phase_hashes(report)),
+        table(("model", *words.ORIGIN), rows) if rows else "",
+        f"Settings of the session:\n\n```json\n{json.dumps(report.settings, indent=2)}\n```" if report.settings else "",
+    ]

@@ -1,0 +1,176 @@
+"""The session as the page tells it: one frozen tree, filled by :mod:`agent_forge.dashboard.collect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from forgekit.measure.evidence import Evidence
+
+Points = tuple[tuple[float, float], ...]
+"""(x, y) pairs in the order of x."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    points: Points
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a phase's gate decided, one reason per requirement."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question that a model was asked, and what it said."""
+
+    model: str
+    asked: str
+    answered: str
+    expected: str
+    right: bool | None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One search run; ``curve`` is the best composite on the select split after each evaluation."""
+
+    name: str
+    seed: str
+    evaluations: int | None
+    curve: Points
+    select: float | None
+    report: float | None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What phase 2 leaves besides evidence; empty where the phase has none.
+
+    Attributes:
+        history: rows by generation, each with its ``generation``.
+        floor: the diversity that the search was to keep, as its settings say; None where they do not.
+        table: model name to split (``select``, ``report``) to parts of the fitness.
+        gains: the champion's composite minus the best parent's, by split.
+        strategies: search runs that were compared.
+        kept: speciality to ``before`` (its specialist), ``after`` (the champion) and ``kept`` (1 or 0).
+        kept_within: the share that may be lost; None where the settings do not say.
+        stopped: why the search ended.
+        recipe: how the champion was made.
+        strategy: the search that made it.
+    """
+
+    history: tuple[dict[str, float], ...] = ()
+    floor: float | None = None
+    table: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    strategies: tuple[Strategy, ...] = ()
+    kept: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept_within: float | None = None
+    stopped: str = ""
+    recipe: str = ""
+    strategy: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """One phase of the session.
+
+    Attributes:
+        state: finished, failed, interrupted, running, damaged or not run.
+        seconds: time of its last start; starts: how often it was begun.
+        inputs: ids of the models it was given; made: ids it handed on; names: their names.
+        tokens: tokens trained on, by model.
+        levels: model to ``family/level`` to accuracy; halting: model to steps to share of tokens.
+    """
+
+    name: str
+    number: int
+    state: str
+    seconds: float | None = None
+    starts: int = 0
+    error: str = ""
+    inputs: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    config_hash: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    evidence: tuple[Evidence, ...] = ()
+    gate: Gate | None = None
+    losses: tuple[Curve, ...] = ()
+    tokens: dict[str, int] = field(default_factory=dict)
+    data: tuple[dict[str, Any], ...] = ()
+    data_notes: tuple[str, ...] = ()
+    levels: dict[str, dict[str, float]] = field(default_factory=dict)
+    halting: dict[str, dict[str, float]] = field(default_factory=dict)
+    conversation: tuple[Answer, ...] | None = None
+    merge: Merge = Merge()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A finished artifact of the session.
+
+    Attributes:
+        weights: bytes of the weights on disk; None when the files are gone.
+    """
+
+    model_id: str
+    name: str
+    phase: str
+    parents: tuple[str, ...]
+    parameters: int
+    weights: int | None
+    seeds: tuple[int, ...]
+    config_hash: str
+    data_hash: str
+    code_version: str
+
+
+@dataclass(frozen=True)
+class SessionReport:
+    """Everything the page tells.
+
+    Attributes:
+        status: completed, failed, paused, running or interrupted.
+        error: why a failed session ended, in its own words.
+        seconds: from every start to the last event that followed it, together; None without events.
+        environments: what each start recorded about the machine; equal ones once.
+        gate_policy: what the profile says happens when a gate says no; empty where it is not recorded.
+        not_run: phases the plan has, as far as it was to go, that left nothing.
+        peak_bytes: largest resident memory of the process that was sampled.
+        handoffs: the registry's rows of models handed to a phase.
+        notes: what is missing or damaged, in words.
+    """
+
+    session_id: str
+    status: str
+    started: str
+    ended: str
+    profile: str
+    until: str
+    data: str
+    gate_policy: str
+    settings: dict[str, Any]
+    starts: int
+    error: str
+    seconds: float | None
+    peak_bytes: float | None
+    environments: tuple[dict[str, Any], ...]
+    phases: tuple[PhaseReport, ...]
+    not_run: tuple[str, ...]
+    models: tuple[Model, ...]
+    handoffs: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Every claim of every phase."""
+        return tuple(e for phase in self.phases for e in phase.evidence)

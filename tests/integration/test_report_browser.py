@@ -1,0 +1,113 @@
+"""The report in a browser: both colour schemes, a desk's and a phone's width, no network, no scripts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent_forge.dashboard.collect import collect
+from agent_forge.dashboard.page import html_page
+from tests.unit import sample_session as sample
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the test extra has it)")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no system Chromium: install the package `chromium`")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("report")
+    storage = sample.sample_session(home / "storage")
+    path = home / "report.html"
+    path.write_text(html_page(collect(storage, sample.SESSION)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        # Inside containers the kernel often forbids Chromium its own sandbox; the page is ours and runs no script.
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    """Opens the report at a width and in a scheme; fails the test on any request, message or error."""
+    opened, told = [], []
+
+    def show(width: int = 1280, scheme: str = "light"):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        opened.append(context)
+        sheet = context.new_page()
+        sheet.on("console", lambda message: told.append(message.text))
+        sheet.on("pageerror", lambda error: told.append(str(error)))
+        sheet.on("request", lambda request: told.append(request.url) if request.url != report.as_uri() else None)
+        sheet.goto(report.as_uri())
+        return sheet
+
+    yield show
+    for context in opened:
+        context.close()
+    assert told == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_sticks_out_at_any_width(page, width, scheme):
+    sheet = page(width, scheme)
+    assert sheet.evaluate("document.documentElement.scrollWidth") <= width
+    outside = """edge => [...document.querySelectorAll('h1, h2, h3, p, figure, .tiles li, .draw svg, .talk li, text')]
+        .map(e => [e.textContent.slice(0, 40), e.getBoundingClientRect()])
+        .filter(([_, box]) => box.width && (box.right > edge + 1 || box.left < -1)).map(([text]) => text)"""
+    assert sheet.evaluate(outside, width) == []
+
+
+def test_the_scheme_follows_the_reader(page):
+    light, dark = (
+        page(scheme=s).evaluate("getComputedStyle(document.body).backgroundColor") for s in ("light", "dark")
+    )
+    assert light != dark
+    assert sum(map(int, light[4:-1].split(","))) > 600 and sum(map(int, dark[4:-1].split(","))) < 150
+
+
+def test_intervals_are_drawn_where_their_numbers_say(page):
+    sheet = page()
+    for claim, low, high in (("trunk learned copy", 6, 14), ("reasoning on copy", -15, -5)):
+        row = sheet.locator(".forest tbody tr", has_text=claim).first
+        zero = row.locator("line.zero").bounding_box()["x"]
+        mark = row.locator("g.mark line").first.bounding_box()
+        ticks = row.locator("xpath=ancestor::table").locator("tfoot text")
+        places = {ticks.nth(i).text_content(): ticks.nth(i).bounding_box() for i in range(ticks.count())}
+        centre = {text: box["x"] + box["width"] / 2 for text, box in places.items()}
+        unit = (centre["+10"] - centre["0"]) / 10
+        assert abs(mark["x"] - zero - low * unit) < 3 and abs(mark["x"] + mark["width"] - zero - high * unit) < 3, claim
+
+
+def test_on_a_phone_a_claim_keeps_its_parts_below_each_other_and_its_roles(page):
+    row = page(390).locator(".forest tbody tr").first
+    boxes = [row.locator(place).bounding_box() for place in ("th", ".verd", ".draw")]
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"] and boxes[2]["width"] > 250
+    assert row.get_by_role("rowheader").count() == 1 and row.get_by_role("cell").count() == 6
+
+
+def test_answers_with_markup_are_shown_as_they_were_given(page):
+    sheet = page()
+    assert sheet.locator(".said", has_text=sample.NASTY).count() == 3
+    assert sheet.locator(".talk b, .talk script").count() == 0
+    whole = sheet.locator(".talk details").first
+    assert not whole.locator("xpath=text()").is_visible() or whole.get_attribute("open") is None
+    whole.locator("summary").click()
+    assert whole.get_attribute("open") is not None
+
+
+def test_every_link_leads_to_a_heading(page):
+    sheet = page()
+    links = sheet.locator("nav a")
+    assert links.count() == 8
+    for place in range(links.count()):
+        target = links.nth(place).get_attribute("href")
+        assert sheet.locator(f"{target} h2").first.text_content(), target
