@@ -139,7 +139,7 @@ class CMAES:
         if x_LN.shape != (self.population, self.dimensions) or value_L.shape != (self.population,):
             what = f"{x_LN.shape} points and {value_L.shape} values"
             raise ValueError(f"{what}; {self.population} of {self.dimensions} dimensions were asked")
-        order_L = np.argsort(-np.where(np.isnan(value_L), -np.inf, value_L), kind="stable")
+        order_L = np.argsort(-value_L, kind="stable")  # numpy puts NaN last
         y_LN = self._shortened((x_LN - self.mean_N) / self.sigma)[order_L]
         self._learn(y_LN)
         self.generation += 1

@@ -104,8 +104,8 @@ class Strategy(ABC):
         if not scored or len(set(names)) < len(names):
             what = "two individuals of one name" if scored else "no individual"
             raise ConfigError(what, where="generation", remedy="tell every individual of the generation once")
-        known = {one.name: one for one in self._pool()}
-        self._told = [_remembered(one, known) for one in scored]
+        known = {one.name: one for one in self._told}
+        self._told = [_remembered(one, known, self._champion) for one in scored]
         best = min(self._told, key=lambda one: one.rank)
         if best.rank < (math.inf if self._champion is None else self._champion.rank):
             self._champion = best
@@ -217,7 +217,7 @@ class EliteStrategy(Strategy):
         shares = sorted(i % len(elites) for i in range(count))
         children = [self._mutated(elites[which], self._draws(i)) for i, which in enumerate(shares)]
         names = {one.name for one in elites}
-        losers = [one for one in pool if one.name not in names | {CHAMPION}]
+        losers = [one for one in pool if one.name not in names]
         merged = self._merged(losers, self.population - count)
         self._note(Counter(one.combo for one in elites if one.combo is not None), [recipe.combo for recipe in merged])
         return children + merged
@@ -383,10 +383,11 @@ def immigrant(space: Space, rng_seed: int) -> Recipe:
     return _random(space, _generator(rng_seed, "immigrant", 0, 0))
 
 
-def _remembered(one: Scored, known: dict[str, _Known]) -> _Known:
+def _remembered(one: Scored, known: dict[str, _Known], champion: _Known | None) -> _Known:
     recipe, combo = one.recipe, one.recipe.combo
-    if recipe.kind == "mutation" and recipe.parents[0] in known:
-        combo = known[recipe.parents[0]].combo
+    # A parent that is not of the last generation is the champion, under whichever of its names.
+    if recipe.kind == "mutation" and (parent := known.get(recipe.parents[0], champion)):
+        combo = parent.combo
     return _Known(one.name, recipe.traits, float(one.fitness) if math.isfinite(one.fitness) else None, combo)
 
 

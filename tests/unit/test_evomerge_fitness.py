@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -100,6 +101,11 @@ def test_the_composite_is_the_weighted_sum_of_what_it_says():
     assert found["composite"] == pytest.approx(0.4 * 0.25 + 0.3 * 0.75 + 0.2 * 0.5 + 0.1 * 2.0)
 
 
+def test_a_model_that_scores_no_numbers_is_worth_no_text():
+    found = parts(marks({"a": [1.0]}, bits=(math.nan, 8.0)), FitnessPlan(), Reference(100.0, 1000))
+    assert found["perplexity_score"] == 0.0 and found["composite"] == pytest.approx(0.3 + 0.2 + 0.1)
+
+
 def test_marks_are_those_of_the_measures(storage, tokenizer, exam):
     model, _ = read_model(storage.resolve(ids(storage)["adaptive_computation"]))
     found = sit(model, exam)
@@ -122,14 +128,14 @@ def test_the_interval_of_a_change_knows_pairs():
     right = rng.integers(0, 2, 400).astype(float)
     same = marks({"a": right})
     reference = Reference(100.0, 1000)
-    assert composite_change(same, same, FitnessPlan(), reference) == (0.0, 0.0, 0.0)
+    assert composite_change([same], [same], FitnessPlan(), reference) == (0.0, 0.0, 0.0)
     better = marks({"a": np.maximum(right, (np.arange(400) % 4 == 0).astype(float))})
-    change, low, high = composite_change(same, better, FitnessPlan(), reference)
+    change, low, high = composite_change([same], [better], FitnessPlan(), reference)
     assert change == pytest.approx(0.3 * (better.accuracy - same.accuracy)) and 0 < low < change < high
     cheaper = marks({"a": right}, flops=50.0)
-    assert composite_change(same, cheaper, FitnessPlan(), reference) == pytest.approx((0.2, 0.2, 0.2))
+    assert composite_change([same], [cheaper], FitnessPlan(), reference) == pytest.approx((0.2, 0.2, 0.2))
     text = marks({"a": right}, bits=(4.0, 12.0))
-    _, low, high = composite_change(same, text, FitnessPlan(), reference)
+    _, low, high = composite_change([same], [text], FitnessPlan(), reference)
     assert low < 0 < high, "windows are resampled too"
 
 

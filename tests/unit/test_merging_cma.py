@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from agent_forge.merging.cma import CMAES, default_population, reflected
+from agent_forge.merging.cma import CMAES, _Rates, default_population, reflected
 
 ROTATION = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0]
 
@@ -20,6 +20,11 @@ def sphere(x):
 def ellipsoid(x):
     """Axes of lengths from 1 to 1000."""
     return float((10 ** (6 * np.arange(len(x)) / (len(x) - 1)) * x**2).sum())
+
+
+def cigar(x):
+    """One long axis: the evolution path pays."""
+    return float(x[0] ** 2 + 1e6 * (x[1:] ** 2).sum())
 
 
 def turned(x):
@@ -51,11 +56,23 @@ def evaluations(search: CMAES, cost, target: float = 1e-9, most: int = 20_000) -
         (ellipsoid, 6, 1.0, 3100),
         (turned, 6, 1.0, 2800),
         (rosenbrock, 5, 0.0, 2800),
+        (cigar, 8, 1.0, 4600),
     ],
 )
 def test_it_finds_the_optimum_within_a_known_number_of_evaluations(cost, dimensions, start, most):
     counts = [evaluations(CMAES([start] * dimensions, 0.4, seed=seed), cost) for seed in range(3)]
     assert max(counts) < most, counts
+
+
+def test_the_parameters_are_the_published_ones():
+    rates = _Rates.of(10, 10)  # numbers of the `cma` package 4 for 10 dimensions and 10 points
+    weights = [0.456272647, 0.270753097, 0.162231117, 0.085233547, 0.025509592]
+    weights += [-0.080012608, -0.221764161, -0.344554942, -0.452864086, -0.549749918]
+    np.testing.assert_allclose(rates.weights_L, weights, atol=1e-8)
+    learned = [rates.mu_eff, rates.c_1, rates.c_mu, rates.c_c]
+    assert learned == pytest.approx([3.167299281, 0.015283825, 0.023551777, 0.294990383])
+    assert rates.c_sigma == pytest.approx(5.167299281 / 18.167299281)  # (55); the package adds 3 where it says 5
+    assert rates.d_sigma == pytest.approx(1 + rates.c_sigma)
 
 
 def test_turning_the_coordinates_costs_nothing():
@@ -118,6 +135,7 @@ def test_a_restored_state_goes_on_to_the_same_bits():
         points = one.ask()
         one.tell(points, [-rosenbrock(x) for x in points])
     other = CMAES([0.2] * 5, 0.3, population=6, seed=9, bounds=(-1, 1))
+    other.ask()
     other.restore(json.loads(json.dumps(one.state(), allow_nan=False)))
     for _ in range(4):
         assert one.ask().tobytes() == other.ask().tobytes()
@@ -182,6 +200,15 @@ def test_equal_values_and_a_collapsed_step_do_no_harm():
     for _ in range(300):
         points = search.ask()
         search.tell(points, [1.0, 1.0])
+    assert np.isfinite(search.ask()).all() and np.isfinite(search.sigma)
+
+
+def test_a_covariance_that_lost_an_axis_to_rounding_is_usable():
+    search = CMAES([0.0] * 2, 1.0, population=4)
+    search.restore({**search.state(), "covariance": [1.0, 1.0, 1.0 - 1e-15]})
+    for _ in range(3):
+        points = search.ask()
+        search.tell(points, list(range(4)))
     assert np.isfinite(search.ask()).all() and np.isfinite(search.sigma)
 
 

@@ -576,6 +576,12 @@ def test_importances_of_another_model_are_refused(family, tmp_path):
         )
 
 
+def test_further_notes_are_on_the_card(llamas, tmp_path):
+    receipt = merge_folders(plan(tmp_path / "out", llamas["a"], llamas["b"], notes=["measured on problems"]))
+    assert "measured on problems" in receipt["notes"]
+    assert "- measured on problems" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_unverified_inputs_are_told_as_such(llamas, tmp_path):
     receipt = merge_folders(plan(tmp_path / "out", llamas["a"], llamas["b"], verify=False))
     assert [one["sha256"] for one in receipt["inputs"]] == [None, None]

@@ -22,10 +22,9 @@ from agent_forge.merging.operators import (
     stream,
     weighted_sum,
 )
-from agent_forge.merging.operators_importance import empirical_fisher
 from agent_forge.merging.operators_layers import in_layer, layer_count, layer_of, layout, stacked_config
-from forgekit.errors import ArtifactError, ConfigError, DataError
-from tests.unit.tiny import gpt_config, made, trm_config
+from forgekit.errors import ArtifactError, ConfigError
+from tests.unit.tiny import trm_config
 
 NAME = "blocks.1.ffn.up.weight"
 OPTIONS = {"frankenmerge": {"choices": [0, 1]}, "passthrough": {"slices": [{"model": 0, "start": 0, "stop": 2}]}}
@@ -130,6 +129,17 @@ def test_inputs_stay_as_they_are(method):
     before = [t.clone() for t in (base, *models)]
     merge(method, models, base=base)
     assert all(torch.equal(a, b) for a, b in zip(before, (base, *models)))
+
+
+@pytest.mark.parametrize("method", COMPUTING)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_narrow_and_wide_types_are_computed_in_working_precision_and_rounded_once(method, dtype):
+    """Buffers and direct writes give what whole tensors of the working precision give."""
+    base, models = siblings(shape=(3, 50), dtype=dtype)
+    work = torch.promote_types(dtype, torch.float32)
+    matters = [noise(30 + i, 3, 50).square() for i in range(3)] if method in ("fisher", "dfs") else None
+    wide = merge(method, [m.to(work) for m in models], base=base.to(work), importances=matters)
+    assert torch.equal(merge(method, models, base=base, importances=matters), wide.to(dtype))
 
 
 def test_computing_goes_block_by_block_without_a_seam():
@@ -395,21 +405,6 @@ def test_fusion_shares_follow_importance():
     moved = [float((m - base).norm()) for m in models]
     assert shares(base=base, rule="normalised") == pytest.approx([d / sum(moved) for d in moved], rel=1e-5)
     assert shares() == pytest.approx([1 / 3] * 3)
-
-
-def test_empirical_fisher_is_the_mean_squared_gradient_of_rows():
-    model = made(trm_config(), stir=0.1)
-    ids = torch.randint(0, 24, (3, 8), generator=torch.Generator().manual_seed(1))
-    found = empirical_fisher(model, [(ids[:2], ids[:2]), (ids[2:], ids[2:])])
-    want = torch.zeros_like(model.norm.weight)
-    for row in ids.split(1):
-        (grad,) = torch.autograd.grad(model.training_loss(row, row).total, [model.norm.weight])
-        want += grad.square() / 3
-    close(found["norm.weight"], want)
-    assert found.keys() == dict(model.named_parameters()).keys()
-    assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(DataError, match="no rows"):
-        empirical_fisher(made(gpt_config()), [])
 
 
 # Randomness

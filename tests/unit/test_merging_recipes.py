@@ -175,6 +175,15 @@ def test_integers_that_differ_cannot_be_averaged_but_can_be_taken():
     assert same(build(only, models.get, base), models["second"])
 
 
+def test_large_integers_cross_unrounded():
+    models = {
+        name: {"a.n": torch.tensor([2**40 + 1 + 2 * i]), "b.w": torch.ones(1)} for i, name in enumerate(("x", "y"))
+    }
+    for seed in range(4):
+        result = build(Recipe(kind="crossover", parents=("x", "y"), seed=seed), models.get, models["x"])
+        assert result["a.n"].item() - 2**40 in (1, 3) and result["a.n"].dtype == torch.int64
+
+
 # Other kinds
 
 

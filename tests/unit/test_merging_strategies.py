@@ -216,6 +216,44 @@ def test_the_champion_stays_an_elite_until_it_is_beaten():
     assert [recipe.parents for recipe in strategy.ask()[:6:3]] == [("g3-6",), ("g3-7",)]
 
 
+def test_the_champion_does_not_push_the_worst_out_of_the_groups():
+    strategy = made("elite")
+    strategy.tell(scored(strategy.ask(), [0, 0, 0, 9, 0, 0, 0, 1]))
+    strategy.tell(scored(strategy.ask(), [1, 2, 3, 4, 5, 6, 7, 8], 1))
+    merged = strategy.ask()[6:]
+    assert [recipe.parents for recipe in merged] == [("g1-5", "g1-4", "g1-3"), ("g1-2", "g1-1", "g1-0")]
+
+
+def test_the_notes_follow_a_line_through_its_mutations():
+    strategy = made("elite")
+    strategy.tell(scored(strategy.ask(), [0, 0, 0, 0, 0, 0, 9, 8]))
+    for generation in (1, 2):
+        strategy.tell(scored(strategy.ask(), 10 * generation + np.arange(8)[::-1], generation))
+        strategy.ask()
+        assert strategy.notes["elite_combo_usage"] == {
+            6: 2
+        }  # all six children of the elites; the best are of the first
+
+
+def test_the_notes_know_the_champion_under_its_own_name():
+    strategy = made("elite")
+    strategy.tell(scored(strategy.ask(), [0, 0, 0, 9, 0, 0, 0, 1]))
+    strategy.tell(scored(strategy.ask(), range(8), 1))
+    recipes = strategy.ask()
+    assert recipes[0].parents == ("champion",)
+    strategy.tell(scored([recipes[0].replace(parents=("g0-3",)), *recipes[1:]], [20, *range(7)], 2))
+    strategy.ask()
+    assert strategy.notes["elite_combo_usage"][3] >= 1
+
+
+def test_elites_are_not_merged_in_a_small_population():
+    strategy = made("elite", population=4)
+    strategy.tell(scored(strategy.ask(), range(4)))
+    recipes = strategy.ask()
+    elites = {parent for recipe in recipes[:3] for parent in recipe.parents}
+    assert elites == {"g0-3", "g0-2"} and not elites & set(recipes[3].parents)
+
+
 def test_an_equal_fitness_does_not_replace_the_champion():
     strategy = made("elite")
     strategy.tell(scored(strategy.ask(), [0, 0, 0, 9, 0, 0, 0, 1]))
@@ -252,6 +290,13 @@ def test_settings_of_the_stages_and_of_the_noise_are_passed_on():
     assert all(recipe.options["density"] == 0.7 and recipe.options["weights"] == [1, 2, 3] for recipe in first)
     strategy.tell(scored(first, range(4)))
     assert strategy.ask()[0].options["sigma"] == 0.5
+
+
+def test_weights_of_the_originals_are_not_forced_on_a_group_of_another_size():
+    space = SPACE.replace(originals=("reasoning", "computation"))
+    strategy = made("elite", space=space, combination={"weights": (1.0, 3.0)})
+    strategy.tell(scored(strategy.ask(), range(8)))
+    assert [(len(recipe.parents), recipe.options["weights"]) for recipe in strategy.ask()[6:]] == [(3, [])] * 2
 
 
 # Tournament
@@ -362,6 +407,8 @@ def test_cma_es_refuses_what_has_no_coordinates():
     strategy = made("cma_es")
     told = scored(strategy.ask(), range(8))
     told[2] = Scored("g0-2", made("elite").ask()[0], 1.0)
+    with pytest.raises(ConfigError, match="generation: 7 individuals, 8 were asked"):
+        strategy.tell(told[:7])
     with pytest.raises(ConfigError, match=r"cma_es: g0-2 \(combination of .*\) does not weigh the originals"):
         strategy.tell(told)
     assert strategy.generation == 0 and strategy.state() == made("cma_es").state()

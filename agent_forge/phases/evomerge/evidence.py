@@ -18,6 +18,7 @@ from forgekit.measure.problems import by_level, chance_of
 
 BEST_PARENT = "the champion beats the best parent"
 FIRST_BEST = "the champion beats generation 0's best"
+RANDOM = "random"
 ANCESTOR = "the champion beats the common ancestor"
 
 
@@ -90,17 +91,26 @@ def measure(config: EvoMergeConfig, finals: Finals) -> tuple[list[Evidence], dic
 
 
 def _composite(config: EvoMergeConfig, finals: Finals, rival: str, claim: str, common: dict[str, Any]) -> Evidence:
-    before, after = finals.marks[rival], finals.marks["champion"]
-    values = [parts(marks, config.fitness, finals.reference)["composite"] for marks in (before, after)]
+    sides = [finals.marks[rival]], [finals.marks["champion"]]
+    return compared(config, finals.reference, sides, claim=claim, **common)
+
+
+def compared(
+    config: EvoMergeConfig, reference: Reference, sides: tuple[list[Marks], list[Marks]], **question: Any
+) -> Evidence:
+    """Evidence on the composite of two sides, each a mean over its models."""
+    change = composite_change(*sides, config.fitness, reference)
+    before, after = (
+        float(np.mean([parts(marks, config.fitness, reference)["composite"] for marks in side])) for side in sides
+    )
     return Evidence.of_statistic(
-        claim=claim,
         metric="composite_fitness",
-        before=values[0],
-        after=values[1],
-        change=composite_change(before, after, config.fitness, finals.reference),
-        n=sum(len(right) for right in after.right.values()) + len(after.bits),
+        before=before,
+        after=after,
+        change=change,
+        n=sum(len(right) for right in sides[0][0].right.values()) + len(sides[0][0].bits),
         chance=None,
-        **common,
+        **question,
     )
 
 
@@ -115,6 +125,24 @@ def _text(finals: Finals, common: dict[str, Any]) -> Evidence:
         higher_is_better=False,
         **common,
     )
+
+
+def strategy_claims(config: EvoMergeConfig, reference: Reference, marks: Mapping[str, list[Marks]]) -> list[Evidence]:
+    """Every strategy against random search, at equal evaluations; each side is a mean over its seeds' champions."""
+    plan = config.compare
+    seeds = tuple(config.seed + number for number in range(plan.seeds))
+    common = {"split": "report", "seeds": (*seeds, REPORT_SEED), "compute": {"evaluations": plan.evaluations}}
+    return [
+        compared(
+            config,
+            reference,
+            (marks[RANDOM], found),
+            claim=f"{name} beats random search, {plan.evaluations} candidates each",
+            **common,
+        )
+        for name, found in marks.items()
+        if name != RANDOM and RANDOM in marks
+    ]
 
 
 def strategy_table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ be compared; speed and memory are counted, because noise must not rank two child
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,8 +79,9 @@ class Marks:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the held-out text."""
-        return float(self.bits.sum() / self.bytes.sum())
+        """Of the held-out text; infinite where the model's scores are no numbers."""
+        value = float(self.bits.sum() / self.bytes.sum())
+        return math.inf if math.isnan(value) else value
 
 
 def sit(model, exam: Exam) -> Marks:
@@ -142,25 +144,28 @@ def composite(accuracy, bits_per_byte, counted: tuple[float, float], plan: Fitne
 
 
 def composite_change(
-    before: Marks, after: Marks, plan: FitnessPlan, reference: Reference, seed: int = 0, n: int = RESAMPLES
+    before: Sequence[Marks], after: Sequence[Marks], plan: FitnessPlan, reference: Reference, seed: int = 0
 ) -> Interval:
-    """``after - before`` of the composite with its 95 % percentile bootstrap interval.
+    """``after - before`` of the composite with its 95 % percentile bootstrap interval; each side is a mean over models.
 
-    Problems are resampled within their speciality and windows among windows, the same ones for both sides. Costs are
-    counted on all of them and not resampled.
+    Problems are resampled within their speciality and windows among windows, the same ones for every model. Costs are
+    counted on all of them and not resampled. The interval speaks of other items, not of other searches.
     """
-    rng = np.random.default_rng(seed)
-    values = []
-    draws = {name: rng.integers(0, len(r), (n, len(r))) for name, r in before.right.items()}
-    windows = rng.integers(0, len(before.bits), (n, len(before.bits)))
-    for marks in (before, after):
-        accuracy = np.mean([marks.right[name][draw].mean(1) for name, draw in draws.items()], axis=0)
-        bits = marks.bits[windows].sum(1) / marks.bytes[windows].sum(1)
-        counted = (reference.flops / marks.flops, reference.size / marks.size)
-        values.append(composite(accuracy, bits, counted, plan))
-    low, high = np.percentile(values[1] - values[0], (2.5, 97.5))
-    change = parts(after, plan, reference)["composite"] - parts(before, plan, reference)["composite"]
-    return change, float(low), float(high)
+    rng, first = np.random.default_rng(seed), before[0]
+    draws = {name: rng.integers(0, len(r), (RESAMPLES, len(r))) for name, r in first.right.items()}
+    windows = rng.integers(0, len(first.bits), (RESAMPLES, len(first.bits)))
+    sides, means = [], []
+    for side in (before, after):
+        resampled = []
+        for marks in side:
+            accuracy = np.mean([marks.right[name][draw].mean(1) for name, draw in draws.items()], axis=0)
+            bits = marks.bits[windows].sum(1) / marks.bytes[windows].sum(1)
+            counted = (reference.flops / marks.flops, reference.size / marks.size)
+            resampled.append(composite(accuracy, bits, counted, plan))
+        sides.append(np.mean(resampled, axis=0))
+        means.append(float(np.mean([parts(marks, plan, reference)["composite"] for marks in side])))
+    low, high = np.percentile(sides[1] - sides[0], (2.5, 97.5))
+    return means[1] - means[0], float(low), float(high)
 
 
 def told(marks: Marks, plan: FitnessPlan, reference: Reference) -> dict[str, Any]:

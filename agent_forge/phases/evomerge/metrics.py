@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from agent_forge.merging.strategies_config import Recipe
 from agent_forge.pipeline.handoff import validate_models
 from forgekit.tracking.loggers import PhaseLogger
 
@@ -43,7 +45,7 @@ def emit_generation(logger: PhaseLogger, row: dict[str, Any], tokens: int) -> No
 def emit_phase(phase: EvoMergePhase, search: Progress, facts: dict[str, Any]) -> dict[str, Any]:
     """The phase's own values, returned as they were written."""
     first, last = search.first_best.fitness, search.champion.fitness
-    combo = ancestral_combo(phase, search)
+    combo = ancestral_combo(search.champion.recipe, facts["lineage"])
     row = facts["table"]["champion"]["report"]
     before, after = sum(facts["sizes"]), facts["sizes"][0]
     context = phase.context
@@ -75,7 +77,9 @@ def emit_phase(phase: EvoMergePhase, search: Progress, facts: dict[str, Any]) ->
     return values
 
 
-def ancestral_combo(phase: EvoMergePhase, search: Progress) -> int:
-    """The combination the champion goes back to; -1 where it was made otherwise."""
-    recipe = search.champion.recipe
-    return recipe.combo if recipe.combo is not None else -1
+def ancestral_combo(champion: Recipe, lineage: Mapping[str, Recipe]) -> int:
+    """The combination the champion goes back to through mutations; -1 where it was made otherwise."""
+    recipe = champion
+    while recipe.kind == "mutation" and recipe.parents[0] in lineage:
+        recipe = lineage[recipe.parents[0]]
+    return -1 if recipe.combo is None else recipe.combo

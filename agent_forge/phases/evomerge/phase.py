@@ -19,7 +19,7 @@ from agent_forge.merging.strategies_config import Space
 from agent_forge.phases.evomerge.card import card
 from agent_forge.phases.evomerge.config import EvoMergeConfig
 from agent_forge.phases.evomerge.evaluate import Candidate, Evaluator, Task, evaluator, one_thread, with_traits
-from agent_forge.phases.evomerge.evidence import Finals, gate, measure, strategy_table
+from agent_forge.phases.evomerge.evidence import Finals, gate, measure, strategy_claims, strategy_table
 from agent_forge.phases.evomerge.evolution import FILE, Evolution, Rules
 from agent_forge.phases.evomerge.evolution import Progress as Search
 from agent_forge.phases.evomerge.fitness import Exam, Marks, Reference, parts, sit, told
@@ -93,11 +93,13 @@ class EvoMergePhase(PhaseController):
             }
             recipe = winner.recipe.describe()
             facts = {"table": table, "kept": tables["kept"], "key": key, "recipe": recipe}
+            facts["lineage"] = dict(evolution.population.lineage)
             model_id, model = self._save(field, search, evolution.weights(winner), facts)
             fsio.remove_tree(self.context.folder / "population")
             if config.compare.evaluations:
-                tables["strategies"] = self._compare(field, judges, key)
+                tables["strategies"], found = self._compare(field, judges, key)
                 tables["strategy_table"] = strategy_table(tables["strategies"])
+                evidence += strategy_claims(config, field.task.reference, found)
         amend_evidence(context.storage.resolve(model_id), [e.model_dump(mode="json") for e in evidence])
         decision = gate(context.profile.gate).decide(evidence)
         tables |= {"fitness_history": search.history, "fitness_table": table, "gains": gains}
@@ -196,9 +198,12 @@ class EvoMergePhase(PhaseController):
         self.context.show(Progress("evolution", config.generations, config.generations, search.stopped))
         return search, evolution
 
-    def _compare(self, field: Field, judges: Evaluator, key: str) -> list[dict[str, Any]]:
-        """Every strategy with every seed at equal evaluations; the champions of all on the report split."""
+    def _compare(
+        self, field: Field, judges: Evaluator, key: str
+    ) -> tuple[list[dict[str, Any]], dict[str, list[Marks]]]:
+        """Every strategy with every seed at equal evaluations, and what their champions reach on the report split."""
         plan, folder, runs = self.config.compare, self.context.folder / "compare", []
+        found: dict[str, list[Marks]] = {}
         rules = Rules(10**6, 10**6, 0.0, self.config.min_diversity, plan.evaluations)
         jobs = [(name, self.config.seed + number) for name in plan.strategies for number in range(plan.seeds)]
         for done, (name, seed) in enumerate(jobs):
@@ -212,13 +217,14 @@ class EvoMergePhase(PhaseController):
             search = evolution.run()
             best = search.champion
             marks = judges.score([Candidate(save(evolution.weights(best)), best.recipe.traits, "report")])[0]
+            found.setdefault(name, []).append(marks)
             report = parts(marks, self.config.fitness, field.task.reference)["composite"]
             record = {"strategy": name, "seed": seed, "evaluations": search.evaluations, "curve": search.curve}
             runs.append({**record, "select": best.fitness, "report": report})
             population.keep([], {})
         self.context.show(Progress("strategies", len(jobs), len(jobs), f"{plan.evaluations} candidates each"))
         fsio.remove_tree(folder)
-        return runs
+        return runs, found
 
     # After
 
