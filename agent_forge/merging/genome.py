@@ -22,6 +22,7 @@ from agent_forge.merging.check import Supply, check_finite, check_shapes, check_
 from agent_forge.merging.genome_config import COMBINATIONS, STAGES, GenomeOptions, MutationOptions, combination
 from agent_forge.merging.operators import TOO_LARGE, TensorGroup, gram, merge_tensor, stream, weighted_sum
 from agent_forge.merging.operators_layers import layer_count, layout
+from agent_forge.merging.variety import differences, variety
 from forgekit.errors import ConfigError
 
 __all__ = [
@@ -242,15 +243,4 @@ def diversity(population: Sequence[State], base: State | None = None) -> float:
         ArtifactError: the models are not of one shape.
     """
     _check_states(population, base)
-    if len(population) < 2:
-        return 0.0
-    products = np.zeros((len(population), len(population)))
-    for name, tensor in population[0].items():
-        if tensor.is_floating_point():
-            products += gram([model[name] for model in population], None if base is None else base[name])
-    norms = np.sqrt(products.diagonal())
-    squares = np.add.outer(products.diagonal(), products.diagonal()) - 2 * products
-    upper = np.triu_indices(len(population), 1)
-    sizes = np.add.outer(norms, norms)[upper]
-    distances = np.sqrt(np.maximum(squares[upper], 0.0))
-    return float(np.minimum(np.divide(distances, sizes, out=np.zeros_like(distances), where=sizes > 0), 1.0).mean())
+    return variety(differences(population, base))
