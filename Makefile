@@ -6,14 +6,14 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v python3)
 VENV    ?= .venv
 PROFILE ?= nano
-UNTIL   ?= cognate
+UNTIL   ?= evomerge
 BIN     := $(VENV)/bin
 JOBS    ?= 2
 
 .PHONY: demo test lint bench docs clean help
 
 help:
-	@echo "make demo    make three models from nothing and talk to one (PROFILE=$(PROFILE))"
+	@echo "make demo    make three models from nothing, merge them, talk to the result (PROFILE=$(PROFILE))"
 	@echo "make test    the whole test suite, with coverage"
 	@echo "make lint    style, house limits"
 	@echo "make bench   benchmarks against peers, in an environment of their own"

@@ -86,12 +86,12 @@ def test_model_finished_before_a_kill_but_not_registered_is_found_again(copy):
 
     with sqlite3.connect(registry_of(copy.home)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("DELETE FROM models WHERE model_name = 'reasoning'")
+        connection.execute("DELETE FROM models WHERE model_name = 'champion'")
     connection.close()
     forge = PipelineOrchestrator.resume(copy.session, copy.home / "storage")
     names = {r["model_name"] for r in forge.storage.registry.search_models(session_id=copy.session)}
     forge.logger.close()
-    assert "reasoning" in names
+    assert "champion" in names
 
 
 @pytest.mark.parametrize("command", [("run", "--resume"), ("report",), ("logs",), ("status", "--session")])

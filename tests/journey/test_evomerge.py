@@ -69,6 +69,7 @@ def test_killed_in_its_search_and_resumed_it_ends_with_the_same_bits(copy):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        # Its workers hold the same pipes: were they to stay behind, this would never come.
         assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert not (folder / "result.json").exists() and (folder / "evolution.json").is_file()
     done = run_cli("run", "--resume", "latest", "--json", cwd=copy.home)

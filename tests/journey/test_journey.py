@@ -71,7 +71,7 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
     later = [
         name for number in range(made, 51) for name in merging.catalogue if name.startswith(f"generation_{number}/")
     ]
-    assert merging.missing() == later, "generations that were not made, and nothing else"
+    assert set(merging.missing()) == set(later), "generations that were not made, and nothing else"
 
 
 def test_models_lists_the_five_and_specialists_descend_from_the_trunk(ask, journey):
@@ -155,7 +155,7 @@ def test_chat_on_a_terminal_obeys_slash_commands(forge, journey, monkeypatch):
 def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, monkeypatch):
     storage = ("--storage", journey.home / "storage")
     asked = json.loads(forge(*storage, "chat", "copy 4", "--json", "--max-tokens", "3").out)
-    assert asked["model"].endswith("adaptive_computation")
+    assert asked["model"].endswith("champion")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for model in (journey.result["model"], journey.folder("trunk")):
         assert forge(*storage, "chat", model).code == 0
@@ -166,7 +166,7 @@ def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, copy
     done = forge("--storage", copy.home / "storage", "run", "--resume", copy.session[:8])
     assert done.code == 0, done.err
     assert "trunk learned copy" in done.out and "a short conversation" in done.out
-    assert "gate cognate" in done.err and "next: agent-forge chat" in done.err
+    assert "gate cognate" in done.err and "gate evomerge" in done.err and "next: agent-forge report" in done.err
     assert "already finished" in done.err
 
 
@@ -193,7 +193,7 @@ def test_resuming_a_finished_session_makes_nothing_again(forge, copy):
 def test_validate_is_content_then_names_the_one_changed_file(forge, copy):
     storage = ("--storage", copy.home / "storage")
     good = forge(*storage, "validate", "--json")
-    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 4
+    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 5
     weights = copy.folder("reasoning") / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1

@@ -7,6 +7,9 @@ any number of workers, and a search resumed on another number of them takes the 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -175,7 +178,16 @@ _JUDGES: list[Judge] = []
 
 
 def _become_judge(task: Task) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _JUDGES[:] = [Judge(task)]
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it is gone, also by ``kill -9``: its queue would never say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _judged(candidate: Candidate) -> Marks:
