@@ -7,6 +7,7 @@ from forgekit.version import __version__
 
 _PUBLIC = {
     "PipelineOrchestrator": "agent_forge.pipeline.orchestrator",
+    "ModelHandoffValidator": "agent_forge.pipeline.handoff",
     "PhaseController": "agent_forge.pipeline.phase",
     "PhaseResult": "agent_forge.pipeline.phase",
     "Profile": "agent_forge.profile",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from agent_forge.pipeline.handoff import contracts
 from forgekit.config import Config, read_config_file
 from forgekit.errors import ConfigError
 from forgekit.models.budget import Budget, solve_budget
@@ -19,6 +20,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 PHASE_CONFIGS = Registry("phase settings")
 PHASE_CONFIGS.lazy("cognate", "agent_forge.phases.cognate.config:CognateConfig")
+PHASE_CONFIGS.lazy("evomerge", "agent_forge.phases.evomerge.config:EvoMergeConfig")
 
 
 class ModelPlan(Config):
@@ -80,13 +82,20 @@ class Profile(Config):
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch; 0 takes one per physical core. Results are the same bits for the same number."""
     gate: Annotated[str, Field(pattern="^(stop|fall_back|accept)$")] = "fall_back"
-    """What happens when a phase's gate says no."""
+    """What happens when a phase's gate, or a handoff contract, says no."""
     model: ModelPlan = ModelPlan()
     """The model every phase starts from."""
     phases: dict[str, dict[str, Any]] = {}
     """Settings by phase."""
+    handoffs: dict[str, dict[str, Any]] = {}
+    """Changes to the handoff contracts by boundary: `evomerge->quietstar`, or its target alone."""
     cleanup: CleanupPolicy = CleanupPolicy()
     """How long sessions are kept."""
+
+    @model_validator(mode="after")
+    def _handoffs_valid(self):
+        contracts(self.handoffs)
+        return self
 
     @model_validator(mode="after")
     def _phases_valid(self):

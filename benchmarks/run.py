@@ -14,6 +14,8 @@ ALL = (
     "architecture",
     "cognate_ablation",
     "cognate_targets",
+    "evomerge",
+    "merging",
     "serving",
 )
 

@@ -1,4 +1,4 @@
-"""Commands that run the pipeline: run, plan, status, phases, logs, report."""
+"""Commands that run the pipeline: run, pause, plan, status, phases, logs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ Session = Annotated[str, typer.Argument(help="Session id, its beginning, or `lat
 
 def attach(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (run, plan, status, phases, logs, report):
+    for command in (run, pause, plan, status, phases, logs):
         app.command()(command)
 
 
 def run(
     context: typer.Context,
     profile: Profile = "nano",
-    phase: Annotated[str | None, typer.Option(help="Run this one phase only (name or number).")] = None,
+    models: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    start_from: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="MODEL", help="Start from these models: ids or folders, Hugging Face's too."),
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="Run this one phase only (name or number); with --until, start at it.")
+    ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this phase.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this session (`latest` works).")] = None,
     data: Annotated[str | None, typer.Option(envvar="AGENT_FORGE_DATA", help="Folder with real data sets.")] = None,
@@ -37,7 +44,7 @@ def run(
     from agent_forge.cli.processes import together
 
     wanted = {"profile": profile, "phase": phase, "until": until, "resume": resume, "data": data}
-    wanted |= {"sinks": tuple(sink or ()), "changes": change or []}
+    wanted |= {"sinks": tuple(sink or ()), "changes": change or [], "from": start_from or [], "more": models or []}
     with together() as leads:
         _run(context.obj["storage"], wanted, show=leads and not (yes or as_json), tell=leads, as_json=as_json)
 
@@ -46,31 +53,19 @@ def _run(storage: str, wanted: dict, *, show: bool, tell: bool, as_json: bool) -
     """The run itself; ``tell`` is off in all processes but the first."""
     from agent_forge.cli.progress import Bars
     from agent_forge.cli.show import show_results
-    from agent_forge.pipeline.orchestrator import PipelineOrchestrator
-    from agent_forge.profile import load_profile, with_values
-    from forgekit.errors import ConfigError
 
     phase, until = wanted["phase"], wanted["until"]
     with Bars(enabled=show) as bars:
-        if wanted["resume"]:
-            if wanted["changes"]:
-                raise ConfigError("a resumed session keeps its settings", where="--set", remedy="start a new run")
-            forge = PipelineOrchestrator.resume(wanted["resume"], storage, show=bars.show, sinks=wanted["sinks"])
-            _check_phases(forge.profile, phase, until)
-        else:
-            settings = with_values(load_profile(wanted["profile"]), wanted["changes"])
-            _check_phases(settings, phase, until)
-            options = {"data": wanted["data"], "show": bars.show, "sinks": wanted["sinks"]}
-            forge = PipelineOrchestrator(settings, storage, **options)
+        forge = _forge(storage, wanted, {"show": bars.show, "sinks": wanted["sinks"]})
         if tell:
             say(f"session [bold]{forge.session_id}[/]  profile {forge.profile.name}")
         try:
             with forge:
-                if phase:
+                if phase and not until:
                     result = forge.run_single_phase(phase)
                     results = {result.phase_name: result}
                 else:
-                    results = forge.run_full_pipeline(until)
+                    results = forge.run_full_pipeline(until, start=phase)
         except KeyboardInterrupt:
             if tell:
                 say(f"paused; go on with: agent-forge run --resume {forge.session_id[:8]}", "yellow")
@@ -83,12 +78,62 @@ def _run(storage: str, wanted: dict, *, show: bool, tell: bool, as_json: bool) -
         show_results(forge, results)
 
 
-def _check_phases(settings, *names: str | None) -> None:
-    """Refuse an unknown phase before a session is touched."""
-    from agent_forge.pipeline.orchestrator import phase_name
+def _forge(storage: str, wanted: dict, options: dict):
+    """The session that the options ask for. What cannot be is refused before a session is touched."""
+    from agent_forge.pipeline.orchestrator import PipelineOrchestrator, phases_to_run
+    from agent_forge.profile import load_profile, with_values
+    from forgekit.errors import ConfigError
 
-    for name in filter(None, names):
-        settings.phase(phase_name(name))
+    phase, until, given = wanted["phase"], wanted["until"], [*wanted["from"], *wanted["more"]]
+    if wanted["more"] and not wanted["from"]:
+        remedy = "models to start from follow --from"
+        raise ConfigError(f"unexpected {wanted['more'][0]!r}", where="run", remedy=remedy)
+    if wanted["resume"]:
+        for option, values in (("--set", wanted["changes"]), ("--from", given)):
+            if values:
+                kept = "settings" if option == "--set" else "models"
+                raise ConfigError(f"a resumed session keeps its {kept}", where=option, remedy="start a new run")
+        forge = PipelineOrchestrator.resume(wanted["resume"], storage, **options)
+        phases_to_run(forge.profile, phase, until)
+        return forge
+    settings = with_values(load_profile(wanted["profile"]), wanted["changes"])
+    options |= {"data": wanted["data"]}
+    if given:
+        last = until or phase  # so that a resumed session does not go further than this one was asked to
+        return PipelineOrchestrator.starting_from(given, settings, storage, phase, last, **options)
+    first = phases_to_run(settings, phase, until)[0]
+    if first != "cognate":
+        remedy = "give them with --from MODEL, or go on with a session: --resume ID"
+        raise ConfigError(f"{first} needs models to start from", where="run", remedy=remedy)
+    return PipelineOrchestrator(settings, storage, **options)
+
+
+def pause(
+    context: typer.Context,
+    session: Annotated[str | None, typer.Argument(help="Session id or its beginning; the running one.")] = None,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it has stopped.")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Stop a running session at its next safe point, to be resumed later."""
+    import time
+
+    from agent_forge.pipeline.orchestrator import find_session
+    from forgekit.store.database import session_alive
+
+    registry = storage_of(context).registry
+    running = registry.get_current_session()
+    session_id = running["session_id"] if running and session is None else find_session(registry, session or "latest")
+    registry.interrupt_session(session_id)
+    deadline = time.monotonic() + wait
+    while session_alive(row := registry.get_session(session_id)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped, again = not session_alive(row), f"agent-forge run --resume {session_id[:8]}"
+    if as_json:
+        print_json({"session_id": session_id, "pid": row["pid"], "stopped": stopped, "status": row["status"]})
+    elif stopped:
+        say(f"{row['status']}; go on with: {again}")
+    else:
+        say(f"asked process {row['pid']}, which has not stopped yet; when it has, go on with: {again}", "yellow")
 
 
 def plan(
@@ -200,19 +245,3 @@ def logs(
             print(event["time"], event["phase"] or "-", event["kind"], json.dumps(event["data"])[:200])
     if reading.corrupt:
         say(f"{len(reading.corrupt)} unreadable lines in {path}", "yellow")
-
-
-def report(context: typer.Context, session: Session = "latest", as_json: Json = False) -> None:
-    """Print a session's evidence: every claim with its interval and verdict."""
-    from agent_forge.cli.show import show_evidence
-    from agent_forge.pipeline.orchestrator import find_session, session_results
-
-    storage = storage_of(context)
-    results = session_results(storage, find_session(storage.registry, session))
-    if as_json:
-        print_json([record for result in results.values() for record in result["evidence"]])
-        return
-    if not results:
-        say("no phase of this session has finished yet")
-    for name, result in results.items():
-        show_evidence(name, result["evidence"], result["metrics"])

@@ -71,7 +71,8 @@ class PhaseResult:
         success: the phase finished and its outputs are valid; whether it *helped* is for the gate to say.
         model: id of the model the next phase gets, or None.
         metrics: numbers by name.
-        artifacts: ``all_models`` (ids) and whatever else was made.
+        artifacts: ``all_models`` (ids) and whatever else was made; ``fall_back`` (ids) is what to go on with when the
+            gate says no, where that is not simply what the phase was given.
         evidence: the measured claims.
         error: one line when not successful.
     """

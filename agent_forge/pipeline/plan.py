@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from agent_forge.pipeline.orchestrator import phase_name
+from agent_forge.pipeline.orchestrator import phases_to_run
 from agent_forge.profile import Profile
 from forgekit.compute.disk import forecast
-from forgekit.store.names import PHASES as ORDER
+from forgekit.config import Config
 
 OPTIMIZER_SLOTS = 3
 
 
 def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
     """The plan as JSON-able values.
+
+    A phase other than the first says itself what it will do: its configuration's ``forecast()`` gives either rows like
+    those of a training (``stage``, ``steps``, ``tokens`` and, when it knows them, ``seconds``; ``models`` is how many
+    lie on the disk at once), or counts by name, such as ``generations``.
 
     Times are forecast from a few real training steps of the profile's model on this machine, measured now; data,
     evidence and ablations are not in them.
@@ -23,18 +27,18 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
         ConfigError: unknown phase, or one the profile has no settings for.
     """
     budget = profile.model.solve()
-    names = [n for n in ORDER if n in profile.phases]
-    if until:
-        last = phase_name(until)
-        profile.phase(last)
-        names = names[: names.index(last) + 1]
-    stages, models, kept = [], 0, 0
+    names = phases_to_run(profile, last=until)
+    stages, counts, models, kept = [], {}, 0, 0
     for name in names:
         config = profile.phase(name)
         if name == "cognate":
             trains = [("trunk", config.trunk), *((s.name, config.training_of(s)) for s in config.specialists)]
             stages += [{"phase": name, **stage} for stage in _stages(profile, trains)]
             models, kept = models + len(trains), max(kept, *(train.keep_checkpoints for _, train in trains))
+        else:
+            rows, counts[name] = _told(config)
+            stages += [{"phase": name, **_timed(profile, row)} for row in rows]
+            models += max((row.get("models", 0) for row in rows), default=0)
     return {
         "profile": profile.name,
         "about": profile.about,
@@ -47,6 +51,7 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
             "mflops_per_token": profile.model_config_solved().flops_per_token(profile.context) / 1e6,
         },
         "stages": stages,
+        "counts": {name: told for name, told in counts.items() if told},
         "seconds": round(sum(s["seconds"] for s in stages), 1),
         "disk_bytes": forecast(budget.parameters, models, kept, OPTIMIZER_SLOTS),
     }
@@ -62,6 +67,22 @@ def _stages(profile: Profile, trains: list[tuple[str, Any]]) -> list[dict[str, A
         seconds = tokens * shape.train_flops_per_token(train.seq_len, 1.0) / speeds[train.seq_len]
         stages.append({"stage": stage, "steps": train.steps, "tokens": tokens, "seconds": round(seconds, 1)})
     return stages
+
+
+def _told(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and counts that a phase's configuration forecasts; neither where it says nothing."""
+    told = config.forecast() if hasattr(config, "forecast") else {}
+    return ([], told) if isinstance(told, dict) else (list(told), {})
+
+
+def _timed(profile: Profile, row: dict[str, Any]) -> dict[str, Any]:
+    """A stage's row; seconds it does not know are those of reading its tokens once, as fast as training computes."""
+    steps, tokens, seconds = row.get("steps", 0), row.get("tokens", 0), row.get("seconds")
+    if seconds is None:
+        shape = profile.model_config_solved()
+        flops = tokens * shape.flops_per_token(profile.context)
+        seconds = flops / training_speed(profile, profile.context) if flops else 0.0
+    return {"stage": row["stage"], "steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
 
 
 SAMPLE_TOKENS, SAMPLE_LAYERS, LARGE = 2048, 2, 50_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import signal
 import sqlite3
 import threading
 import uuid
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forgekit.errors import ArtifactError, ConfigError
+from forgekit.errors import ArtifactError, ConfigError, ResourceError
 from forgekit.store.artifact import Manifest
 from forgekit.store.connection import connect, corrupt, database_errors
 from forgekit.store.fsio import make_folder
@@ -200,6 +201,28 @@ class ModelRegistry:
         current = session["current_phase"]
         names = dict.fromkeys([*PHASES, *made, *([current] if current else [])])
         return [_phase_row(name, made.get(name), session) for name in names]
+
+    def interrupt_session(self, session_id: str) -> int:
+        """Send the process that runs a session what Ctrl-C sends; returns its pid. It stops at its next safe point.
+
+        Raises:
+            ArtifactError: no such session, or no living process runs it.
+            ResourceError: the process belongs to another user.
+        """
+        row = self.get_session(session_id)
+        if row is None:
+            raise self._no_session(session_id)
+        where, remedy = f"session {session_id}", f"go on with: agent-forge run --resume {session_id[:8]}"
+        if not session_alive(row):
+            raise ArtifactError("is not running", where=where, remedy=remedy)
+        try:
+            os.kill(row["pid"], signal.SIGINT)
+        except ProcessLookupError:
+            raise ArtifactError("is not running any more", where=where, remedy=remedy) from None
+        except PermissionError:
+            what = f"process {row['pid']} belongs to another user"
+            raise ResourceError(what, where=where, remedy="ask its owner to pause it") from None
+        return row["pid"]
 
     def remove_session(self, session_id: str) -> None:
         """Delete a session's rows: handoffs that touch its models, the models, then the session. Files stay."""

@@ -77,7 +77,7 @@ EVOMERGE: tuple[Row, ...] = (
     ("phase/fitness_improvement_percent", "%", "phase", "the same as a share of the initial fitness"),
     ("phase/generations_completed", "generations", "phase", "generations that were scored"),
     ("phase/evaluations", "candidates", "phase", "candidates that were scored"),
-    ("phase/champion_combo_id", "combination", "phase", "combination the champion is; -1 where it was made otherwise"),
+    ("phase/champion_combo_id", "combination", "phase", "combination it goes back to; -1: made otherwise"),
     ("phase/champion_combo_binary", "text", "phase", "the same in three bits"),
     ("phase/champion_recipe", "text", "phase", "how the champion was made"),
     ("phase/compression_ratio", "1", "phase", "parameters of all parents over the champion's"),

@@ -86,6 +86,7 @@ def test_model_finished_before_a_kill_but_not_registered_is_found_again(copy):
 
     with sqlite3.connect(registry_of(copy.home)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("DELETE FROM phase_handoffs")
         connection.execute("DELETE FROM models WHERE model_name = 'champion'")
     connection.close()
     forge = PipelineOrchestrator.resume(copy.session, copy.home / "storage")
