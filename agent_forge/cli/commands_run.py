@@ -181,7 +181,7 @@ def status(
     if as_json:
         print_json(rows)
     elif not rows:
-        say("no sessions yet; start one with: agent-forge run --until cognate")
+        say("no sessions yet; start one with: agent-forge run --until evomerge")
     else:
         cells = [
             [

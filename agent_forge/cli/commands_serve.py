@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent_forge.cli.shared import print_json, say, storage_of
+
+if TYPE_CHECKING:
+    from agent_forge.merging.check import Lookup
+    from agent_forge.merging.folders import MergePlan
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -29,38 +34,81 @@ def merge(
     option: Annotated[
         list[str] | None, typer.Option("--option", help="An option of the method, as density=0.3; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw, and of the problems of --importance auto.")] = 0,
+    importance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--importance",
+            help="For fisher and dfs, how much every parameter matters: a safetensors file or folder per model, "
+            "repeated; or auto, which measures it on the gym's train problems (auto:FAMILY+FAMILY on these families), "
+            "once for all models or once for each.",
+        ),
+    ] = None,
+    problems: Annotated[int, typer.Option(help="Problems that --importance auto takes per model.")] = 64,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Hash every input, for the receipt and to notice damage.")
+    ] = True,
     dry: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge models into a new one, tensor by tensor."""
-    from agent_forge.merging.folders import MergePlan, merge_folders, plan_text
+    from agent_forge.merging.folders import MergePlan
     from agent_forge.profile import assigned
 
     storage = storage_of(context)
+    folders = [storage.resolve(name) for name in models]
     values = {
         "method": method,
-        "models": [storage.resolve(name) for name in models],
+        "models": folders,
         "base": storage.resolve(base) if base else None,
         "output": output,
         "options": dict(assigned(text, "--option") for text in option or []),
         "seed": seed,
+        "verify": verify,
     }
-    plan = MergePlan.build(values, "merge")
+    told = (importance or []) * (len(folders) if len(importance or []) == 1 else 1)
 
     def parents_of(model_id: str) -> list[str] | None:
         row = storage.registry.get_model(model_id)
         return row and row["metadata"].get("parents")
 
-    if not as_json:
-        print(plan_text(plan, parents_of))
-    if dry:
-        return
-    receipt = merge_folders(plan, parents_of)
-    if as_json:
+    plan = MergePlan.build(values, "merge")
+    receipt = _merged(plan, told, problems, parents_of, (dry, as_json))
+    if receipt and as_json:
         print_json(receipt)
-    else:
+    elif receipt:
         say(f"wrote {output} in {receipt['seconds']:.1f} s; talk to it: agent-forge chat {output}", "green")
+
+
+def _merged(
+    plan: MergePlan, told: list[str], problems: int, parents_of: Lookup, how: tuple[bool, bool]
+) -> dict[str, Any] | None:
+    """Say what is planned, measure importances where asked to, merge; the receipt, or None where only the plan was
+    wanted. ``how``: whether only to plan, whether to be silent."""
+    from agent_forge.merging.folders import merge_folders, plan_text
+
+    dry, silent = how
+    if not told:
+        if not silent:
+            print(plan_text(plan, parents_of))
+        return None if dry else merge_folders(plan, parents_of)
+    from agent_forge.merging.operators_importance import MeasureConfig, about, measured, write_measured
+
+    config = MeasureConfig.build({"problems": problems, "seed": plan.seed}, "importance")
+    wanted = [measured(text) for text in told]
+    # Importances have the names and shapes of the model they belong to: everything else is checked before measuring.
+    stand_ins = [Path(t) if w is None else m for t, w, m in zip(told, wanted, plan.models)] + [
+        Path(t) for t in told[len(plan.models) :]
+    ]
+    notes = tuple(f"importances of {m.name}: {about(w, config)}" for w, m in zip(wanted, plan.models) if w is not None)
+    planned = plan_text(plan.replace(importances=stand_ins, notes=notes), parents_of)
+    if not silent:
+        print(planned)
+    if dry:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        files, notes = write_measured(plan.models, told, config, Path(scratch))
+        return merge_folders(plan.replace(importances=files, notes=notes), parents_of)
 
 
 def serve(

@@ -21,7 +21,7 @@ from agent_forge.cli import (
 
 app = typer.Typer(
     name="agent-forge",
-    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until cognate",
+    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until evomerge",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -33,13 +33,7 @@ GREEDY = SamplingConfig(max_tokens=12)
 PROMPTS = ["hello", "this is some text", "1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noisy(model):

@@ -45,13 +45,7 @@ CONFIGS = {
 SAMPLED = SamplingConfig(max_tokens=9, temperature=1.0, top_k=40, top_p=0.9, repetition_penalty=1.2, seed=7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def engine_of(name):

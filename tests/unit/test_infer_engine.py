@@ -32,13 +32,7 @@ CONFIGS = [
 NAMES = ["gpt", "gpt-window", "titans", "decay", "no-memory"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(config, seed=0):

@@ -124,6 +124,16 @@ def test_shapes_at_the_edge(method, shape):
 
 
 @pytest.mark.parametrize("method", COMPUTING)
+def test_eight_bits_are_merged_and_their_nan_is_found(method):
+    base, models = siblings(dtype=torch.float8_e4m3fn)
+    merged = merge(method, models, base=base)
+    assert merged.dtype == torch.float8_e4m3fn and bool(merged.float().isfinite().all())
+    models[1].view(torch.uint8)[2, 3] = 0x7F
+    with pytest.raises(ArtifactError, match="model 1: tensor .* holds 1 of 35 values"):
+        merge(method, models, base=base)
+
+
+@pytest.mark.parametrize("method", COMPUTING)
 def test_inputs_stay_as_they_are(method):
     base, models = siblings()
     before = [t.clone() for t in (base, *models)]

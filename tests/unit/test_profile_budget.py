@@ -112,7 +112,7 @@ def test_what_cannot_be_solved_is_told(template, target, options):
         ({"cleanup": {"max_sessions_total": 0}}, "cleanup.max_sessions_total: value 0 refused"),
         ({"phases": {"cognat": {}}}, "phases.cognat: unknown phase 'cognat'; did you mean cognate?"),
         ({"phases": {"cognate": {}}}, "phases.cognate.specialists: missing; add phases.cognate.specialists = ..."),
-        ({"phase": {}}, "phase: unknown key; did you mean phases or name?"),
+        ({"phase": {}}, "phase: unknown key; did you mean phases or handoffs?"),
     ],
 )
 def test_refused_profiles_name_the_field(values, told):
