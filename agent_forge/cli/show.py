@@ -45,6 +45,8 @@ def show_plan(plan: dict[str, Any]) -> None:
     ]
     cells.append(["", "all training", "", "", f"{plan['seconds']:.0f}"])
     table("", ["phase", "stage", "steps>", "tokens>", "seconds, measured here>"], cells)
+    for phase, counts in plan["counts"].items():
+        say(f"{phase}: " + ", ".join(f"{name} {value:,} at most" for name, value in counts.items()))
     say(f"disk: {plan['disk_bytes'] / 1e6:.0f} MB at the peak")
 
 

@@ -432,7 +432,8 @@ def phases_to_run(profile: Profile, first: str | int | None = None, last: str | 
     """The phases the profile has settings for, from the first to the last one wanted.
 
     Raises:
-        ConfigError: unknown phase, one the profile has no settings for, none at all, or the last before the first.
+        ConfigError: unknown phase, one that is not built or that the profile has no settings for, none at all, or the
+            last before the first.
     """
     wanted = [phase_name(one) for one in (first, last) if one is not None]
     for one in wanted or (() if profile.phases else ORDER[:1]):
@@ -443,6 +444,8 @@ def phases_to_run(profile: Profile, first: str | int | None = None, last: str | 
     if end <= begin:
         what = f"{names[end - 1]} comes before {names[begin]}, where the run starts"
         raise ConfigError(what, where="--until", remedy="name the same phase or a later one")
+    for name in names[begin:end]:
+        PHASES.resolve(name)  # one that nobody has built is told now, not when its turn comes
     return names[begin:end]
 
 

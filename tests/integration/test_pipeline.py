@@ -512,3 +512,10 @@ def test_a_plan_says_of_later_phases_what_they_say_themselves(quick, told, stage
 def test_a_plan_estimates_seconds_from_tokens(quick):
     plan = forecast_run(quick(evomerge={**FIT, "told": [{"stage": "search", "tokens": 10**9}]}))
     assert plan["stages"][0]["seconds"] == plan["seconds"] > 0
+
+
+def test_a_phase_that_nobody_has_built_is_told_before_anything_is_made(quick, tmp_path, monkeypatch):
+    monkeypatch.setitem(PHASE_CONFIGS._items, "experts", QuickConfig)
+    with pytest.raises(ConfigError, match="phase: unknown phase 'experts'"):
+        run(quick(cognate=TRIO, experts={}), tmp_path)
+    assert ran() == []

@@ -118,6 +118,7 @@ class EvoMergePhase(PhaseController):
                 "model_names": [CHAMPION],
                 "parents": [parent.model_id for parent in parents],
                 "base": base.model_id,
+                "fall_back": [parent.model_id for parent in parents if parent.name == finals.best],
                 "strategy": config.strategy,
                 "stopped": search.stopped,
                 "recipe": winner.recipe.model_dump(mode="json"),
