@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forgekit.data.tokenizer import END, in_pieces, question
+from forgekit.data.tokenizer import END, PAD, in_pieces, question
 from forgekit.errors import DataError
 from forgekit.models.constants import IGNORE
 
@@ -32,9 +32,29 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+def end_token(tokenizer) -> tuple[str, int]:
+    """Text and id of the token that ends a text, in the house's tokenizer or a Hugging Face one.
+
+    Raises:
+        DataError: it has none.
+    """
+    end = tokenizer.fast.eos_token if hasattr(tokenizer, "fast") else END
+    index = None if end is None else tokenizer.token_to_id(end)
+    if index is None:
+        raise DataError("has no token that ends a text", where="tokenizer", remedy="set its eos_token")
+    return end, index
+
+
+def asked(tokenizer, prompt: str) -> str:
+    """A question as the model reads it: in the house's chat format, in its own, or as plain text where it has none."""
+    if not hasattr(tokenizer, "chat_text"):
+        return question(prompt)
+    return tokenizer.chat_text([{"role": "user", "content": prompt}]) or f"{prompt}\n"
+
+
 def encode_texts(tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """All texts as one array of token ids, each closed by the end token."""
-    end = tokenizer.token_to_id(END)
+    """All texts as one array of token ids, each closed by the end token; raises as :func:`end_token`."""
+    _, end = end_token(tokenizer)
     parts: list[np.ndarray] = []
     pieces = [piece for text in texts for piece in (*in_pieces(text), None)]
     encoded = iter(tokenizer.encode_batch([p for p in pieces if p is not None], add_special_tokens=False))
@@ -75,9 +95,11 @@ class ProblemSource:
     def __init__(self, tokenizer, problems: list) -> None:
         if not problems:
             raise DataError("no problems", where="gym", remedy="give at least one family and level")
-        prompts = tokenizer.encode_batch([question(p.prompt) for p in problems], add_special_tokens=False)
-        answers = tokenizer.encode_batch([p.answer + END for p in problems], add_special_tokens=False)
-        self.pad = tokenizer.token_to_id("<|pad|>")
+        end, index = end_token(tokenizer)
+        prompts = tokenizer.encode_batch([asked(tokenizer, p.prompt) for p in problems], add_special_tokens=False)
+        answers = tokenizer.encode_batch([p.answer + end for p in problems], add_special_tokens=False)
+        pad = tokenizer.token_to_id(PAD)
+        self.pad = index if pad is None else pad  # padding is never scored: any token will do
         sizes = [(len(q.ids), len(a.ids)) for q, a in zip(prompts, answers)]
         self.prompt_size, self.answer_size = (np.array(column) for column in zip(*sizes))
         self.size = self.prompt_size + self.answer_size

@@ -159,7 +159,11 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, windows: int) -> T
         raise DataError(f"{len(tokens)} tokens are fewer than a window of {length}", where="text", remedy="give more")
     starts = np.linspace(0, len(tokens) - 1 - length, count).astype(int)
     ids = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
-    return TextWindows(ids, np.maximum(1, byte_lengths(tokenizer)[ids[:, 1:]].sum(1)).astype(float))
+    if hasattr(tokenizer, "fast"):  # its vocabulary need not be one of bytes: count what the tokens say
+        sizes = np.array([len(tokenizer.decode(row.tolist()).encode()) for row in ids[:, 1:]])
+    else:
+        sizes = byte_lengths(tokenizer)[ids[:, 1:]].sum(1)
+    return TextWindows(ids, np.maximum(1, sizes).astype(float))
 
 
 def score_windows(model, windows: TextWindows) -> TextScores:

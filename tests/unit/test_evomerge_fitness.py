@@ -101,9 +101,15 @@ def test_the_composite_is_the_weighted_sum_of_what_it_says():
     assert found["composite"] == pytest.approx(0.4 * 0.25 + 0.3 * 0.75 + 0.2 * 0.5 + 0.1 * 2.0)
 
 
-def test_a_model_that_scores_no_numbers_is_worth_no_text():
-    found = parts(marks({"a": [1.0]}, bits=(math.nan, 8.0)), FitnessPlan(), Reference(100.0, 1000))
-    assert found["perplexity_score"] == 0.0 and found["composite"] == pytest.approx(0.3 + 0.2 + 0.1)
+def test_a_model_that_scores_no_numbers_is_worth_no_text(storage, exam):
+    model, _ = read_model(storage.resolve(ids(storage)["reasoning"]))
+    with torch.no_grad():
+        model.norm.weight.fill_(math.nan)
+    broken = sit(model, exam)
+    found = parts(broken, FitnessPlan(), Reference(broken.flops, broken.size))
+    assert broken.bits_per_byte == 64.0 and found["perplexity_score"] < 1e-18
+    assert found["composite"] == pytest.approx(0.3 + 0.3 * found["accuracy"])
+    assert all(map(math.isfinite, composite_change([broken], [broken], FitnessPlan(), Reference(1.0, 1))))
 
 
 def test_marks_are_those_of_the_measures(storage, tokenizer, exam):
@@ -212,6 +218,7 @@ def test_ray_is_asked_for_in_one_line_where_it_is_missing_and_agrees_where_it_is
         ({"patience": 0}, "patience"),
         ({"skills": {"x": [{"family": "juggle"}]}}, "juggle"),
         ({"populaton": 3}, "populaton"),
+        ({"search": {"population": 9}}, "too large for elite, which keeps a generation on the disk"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, told):

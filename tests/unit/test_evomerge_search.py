@@ -96,6 +96,39 @@ def test_killed_in_any_generation_it_ends_with_the_same_bits(states, tmp_path, s
         assert len(again.evaluator.asked) < len(whole.evaluator.asked) or cut < 8, "finished generations are not redone"
 
 
+@pytest.mark.parametrize("strategy", ["elite", "tournament"])
+def test_killed_between_any_two_writes_it_ends_with_the_same_bits(states, tmp_path, strategy, monkeypatch):
+    """The disk is touched by writing a file whole and by removing one: stop before each of them once."""
+    whole = search(states, tmp_path / "whole", strategy, generations=3)
+    whole.run()
+    write, unlink, left = population_module.fsio.write_atomic, Path.unlink, [10**9]
+
+    def counted(call):
+        def touch(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return call(*args, **options)
+
+        return touch
+
+    monkeypatch.setattr(population_module.fsio, "write_atomic", counted(write))
+    monkeypatch.setattr(Path, "unlink", counted(unlink))
+    cuts = 0
+    for cut in range(1, 60, 3):
+        home = tmp_path / f"cut-{cut}"
+        left[0] = cut
+        try:
+            search(states, home, strategy, generations=3).run()
+        except KeyboardInterrupt:
+            cuts += 1
+        left[0] = 10**9
+        again = search(states, home, strategy, generations=3)
+        again.run()
+        assert outcome(again) == outcome(whole), cut
+    assert cuts > 8
+
+
 def test_files_an_interruption_took_are_made_again_to_the_same_bits(states, tmp_path):
     whole = search(states, tmp_path / "whole", generations=6)
     whole.run()
@@ -206,7 +239,12 @@ def test_another_key_starts_afresh_and_a_damaged_checkpoint_is_told(states, tmp_
     path = tmp_path / FILE
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "key": "other"}))
-    assert search(states, tmp_path).progress.generation == 0
+    afresh = search(states, tmp_path)
+    assert afresh.progress.generation == 0 and not afresh.population.names(), "nothing of the other search is taken"
+    champion = afresh.run().champion
+    scored = afresh.evaluator.worth([Candidate(save(afresh.weights(champion)), "")])
+    assert scored[0]["composite"] == champion.fitness
+    record = json.loads(path.read_text())
     for text in ("{", json.dumps({**record, "champion": None}), json.dumps({k: record[k] for k in ("key", "cache")})):
         path.write_text(text)
         with pytest.raises(ArtifactError, match=r"evolution.json: is damaged .*; delete it to search again"):

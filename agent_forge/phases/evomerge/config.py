@@ -12,6 +12,8 @@ from forgekit.config import Config
 from forgekit.data.plans import Mix, Positive, Share, TextPlan
 from forgekit.registry import unknown
 
+MOST = 8
+"""Individuals of a generation that is kept on the disk, at most."""
 STRATEGY_NAMES = ("elite", "tournament", "cma_es", "random")
 """Strategies that ship; others enter by the entry points of the group ``forgekit.merge_strategy``."""
 
@@ -69,7 +71,7 @@ class EvoMergeConfig(Config):
     """How the next candidates are made: elite, tournament, cma_es or random."""
     search: StrategySettings = StrategySettings()
     """Settings of the strategy."""
-    generations: Annotated[int, Field(ge=1, le=1000)] = 50
+    generations: Annotated[int, Field(ge=1, le=200)] = 50
     """Generations at most, the first one included."""
     patience: Positive = 5
     """Generations without a better champion after which the search stops."""
@@ -107,9 +109,16 @@ class EvoMergeConfig(Config):
         for name in (self.strategy, *self.compare.strategies):
             if name not in STRATEGIES:
                 raise ValueError(str(unknown("strategy", name, STRATEGIES.names())))
+        for name in {self.strategy, *(self.compare.strategies if self.compare.evaluations else ())}:
+            if STRATEGIES.get(name).breeds and self.search.population > MOST:
+                raise ValueError(
+                    f"search.population {self.search.population} is too large for {name}, which keeps a generation on "
+                    f"the disk: with the champion and three parents more than 12 models; choose {MOST} or fewer"
+                )
         return self
 
     def forecast(self) -> dict[str, Any]:
         """What the search may cost, for the plan of a run: candidates scored at most."""
         compared = self.compare.evaluations * self.compare.seeds * len(self.compare.strategies)
-        return {"generations": self.generations, "evaluations": self.generations * self.search.population + compared}
+        each = self.search.population or MOST
+        return {"generations": self.generations, "evaluations": self.generations * each + compared}

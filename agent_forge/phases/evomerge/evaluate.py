@@ -1,7 +1,7 @@
 """Who scores the candidates: this process, worker processes, or Ray; one interface, the same numbers.
 
 Every candidate is scored on one thread, wherever it is scored: then the same weights get the same bits of fitness for
-any number of workers, and a search resumed on another number of them takes the same turns.
+any number of workers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
+from torch import Tensor
 
 from agent_forge.phases.evomerge.config import FitnessPlan
 from agent_forge.phases.evomerge.fitness import Exam, Marks, Reference, parts, sit
-from forgekit.errors import ConfigError, ResourceError
+from forgekit.errors import ArtifactError, ConfigError, ResourceError
 from forgekit.models.io import build_model, read_model
 
 
@@ -73,9 +75,31 @@ class Judge:
     def score(self, candidate: Candidate) -> Marks:
         """What a candidate reaches, on one thread."""
         model = self.model(candidate.traits)
-        model.load_state_dict(load(candidate.weights))
+        put_weights(model, load(candidate.weights))
         with one_thread():
             return sit(model.eval(), self.task.exams[candidate.exam])
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by the names they have on disk, each once: tied ones share their memory."""
+    found, seen = {}, set()
+    for name, tensor in getattr(model, "hf", model).state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+        if place not in seen:
+            seen.add(place)
+            found[name] = tensor
+    return found
+
+
+def put_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors of :func:`weights_of` another of its shape; what is tied stays tied."""
+    known = weights_of(model)
+    if set(weights) != set(known):
+        odd = sorted(set(weights) ^ set(known))[0]
+        raise ArtifactError(f"tensor {odd} does not fit", where="weights", remedy="merge models of one architecture")
+    with torch.no_grad():
+        for name, tensor in known.items():
+            tensor.copy_(weights[name])
 
 
 def with_traits(template: torch.nn.Module, traits: Mapping[str, Any]) -> torch.nn.Module:
@@ -164,7 +188,7 @@ class Workers(Evaluator):
                 self._pool.shutdown(cancel_futures=True)
                 if attempt == 2:
                     what = f"a worker died twice, {len(found)} of {len(candidates)} candidates were scored"
-                    remedy = "free memory, or set phases.evomerge.workers = 1; --resume goes on from this generation"
+                    remedy = "free memory, then go on from this generation with --resume"
                     raise ResourceError(what, where="phase evomerge", remedy=remedy) from None
                 self._pool = self._start()
         return [found[i] for i in range(len(candidates))]
@@ -178,6 +202,7 @@ _JUDGES: list[Judge] = []
 
 
 def _become_judge(task: Task) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; this one leaves with it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _JUDGES[:] = [Judge(task)]
 
@@ -206,7 +231,8 @@ class RayWorkers(Evaluator):
         super().__init__(task)
         self._ray, self._mine = ray, not ray.is_initialized()
         if self._mine:
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(log_to_driver=False, configure_logging=False, **own)
         shared, actor = ray.put(task), ray.remote(num_cpus=1, max_restarts=1, max_task_retries=1)(Judge)
         self._actors = [actor.remote(shared) for _ in range(workers)]
 

@@ -77,7 +77,8 @@ def measure(config: EvoMergeConfig, finals: Finals) -> tuple[list[Evidence], dic
         )
         found.append(evidence)
         lost = evidence.before - evidence.after
-        kept[name] = {"before": evidence.before, "after": evidence.after, "kept": bool(lost <= config.kept_within)}
+        within = bool(lost <= config.kept_within + 1e-9)  # a point estimate; its interval is the evidence's
+        kept[name] = {"before": evidence.before, "after": evidence.after, "kept": within}
     found.append(_text(finals, common))
     levels = {
         model: {
@@ -137,7 +138,7 @@ def strategy_claims(config: EvoMergeConfig, reference: Reference, marks: Mapping
             config,
             reference,
             (marks[RANDOM], found),
-            claim=f"{name} beats random search, {plan.evaluations} candidates each",
+            claim=f"{name}: its {plan.seeds} champions beat random search's, {plan.evaluations} candidates each",
             **common,
         )
         for name, found in marks.items()

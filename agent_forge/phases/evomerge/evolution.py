@@ -94,8 +94,8 @@ class Evolution:
         rules: when to stop.
         evaluator: scores candidates.
         population: their weights; it is emptied of whatever an earlier search of another key left.
-        checkpoint: the file to write after every generation, or None; it is read when it is there and of the same key.
-        key: a fingerprint of everything that decides the search.
+        checkpoint: the file to write after every generation, and a fingerprint of everything that decides the search;
+            it is read when it is there and of the same fingerprint. None keeps nothing.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class Evolution:
         self.strategy: Strategy = STRATEGIES.get(name)(space, settings, seed)
         self.seed, self.progress = seed, Progress()
         self._checkpoint = checkpoint
-        if checkpoint is not None and checkpoint[0].is_file():
-            self._resume(*checkpoint)
+        if checkpoint is None or not checkpoint[0].is_file() or not self._resume(*checkpoint):
+            population.keep([], {})
 
     def run(self, show: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Search until a rule says stop; ``show`` is called after every generation.
@@ -238,8 +238,11 @@ class Evolution:
         }
         fsio.write_atomic(path, json.dumps(record).encode())
 
-    def _resume(self, path: Path, key: str) -> None:
+    def _resume(self, path: Path, key: str) -> bool:
         """Go on from a checkpoint of the same key; another's is left to be written over.
+
+        Returns:
+            Whether it was of the same key.
 
         Raises:
             ArtifactError: it is damaged.
@@ -247,7 +250,7 @@ class Evolution:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record.pop("key") != key:
-                return
+                return False
             lineage = {name: Recipe.build(recipe, str(path)) for name, recipe in record.pop("lineage").items()}
             members = [Individual.read(one) for one in record.pop("population")]
             champion, first = (Individual.read(record.pop(name)) for name in ("champion", "first_best"))
@@ -259,6 +262,7 @@ class Evolution:
         self.population.lineage, self.population.champion = lineage, champion.name
         kept = [one.name for one in members] if self.strategy.breeds else []
         self.population.keep([*kept, champion.name], {})
+        return True
 
     def weights(self, individual: Individual) -> dict:
         """The tensors of an individual of the lineage."""

@@ -6,8 +6,8 @@ be compared; speed and memory are counted, because noise must not rank two child
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ from forgekit.data.batches import ProblemSource
 from forgekit.data.gym import Problem
 from forgekit.measure.scores import TextWindows, cut_windows, score_source, score_windows
 from forgekit.measure.stats import RESAMPLES, Interval
+
+WORST_BITS = 64.0
+"""Bits per byte that a window counts at most, and where the model's scores are no numbers: eight blind guesses."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Exam:
         """Tokenize problems and cut the text's windows; raises ``DataError`` where there is too little of either."""
         sources = {name: ProblemSource(tokenizer, list(asked)) for name, asked in problems.items()}
         return cls(sources, cut_windows(tokenizer, texts, plan.length, plan.windows))
+
+    @property
+    def print(self) -> str:
+        """A fingerprint of everything that is asked."""
+        digest = hashlib.sha256(self.text.ids.tobytes())
+        for name, source in self.problems.items():
+            digest.update(name.encode() + source.tokens.tobytes() + source.prompt_size.tobytes())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:
@@ -79,9 +90,8 @@ class Marks:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the held-out text; infinite where the model's scores are no numbers."""
-        value = float(self.bits.sum() / self.bytes.sum())
-        return math.inf if math.isnan(value) else value
+        """Of the held-out text."""
+        return float(self.bits.sum() / self.bytes.sum())
 
 
 def sit(model, exam: Exam) -> Marks:
@@ -95,7 +105,7 @@ def sit(model, exam: Exam) -> Marks:
     context = round(float(np.mean(np.concatenate([s.size for s in exam.problems.values()]))))
     return Marks(
         right={name: s.right for name, s in scores.items()},
-        bits=text.bits,
+        bits=np.minimum(np.where(np.isnan(text.bits), np.inf, text.bits), WORST_BITS * text.bytes),
         bytes=text.bytes,
         flops=answer_flops(model, context, steps),
         size=sum(t.numel() * t.element_size() for t in model.state_dict().values()),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent_forge.merging.check import check_lineage, check_models
+from agent_forge.merging.check import Candidate, check_lineage, check_models
 from agent_forge.merging.folders_weights import WeightFolder
+from agent_forge.merging.strategies_config import CHAMPION
+from agent_forge.pipeline.handoff import EXTERNAL
 from forgekit.data.plans import GymMix
 from forgekit.errors import ArtifactError, ConfigError
+from forgekit.models.config import FAMILIES
 from forgekit.store.storage import ModelStorage
 
 SPECIALITY = "speciality"
@@ -23,6 +26,7 @@ class Parent:
     Attributes:
         name: unique among them.
         model_id: of the artifact, or the folder of a model of elsewhere.
+        made_here: it is an artifact, so that others can name it as their parent.
         folder: where it lies.
         speciality: what it practised.
         data_hash: of its training data.
@@ -31,6 +35,7 @@ class Parent:
 
     name: str
     model_id: str
+    made_here: bool
     folder: Path
     speciality: tuple[GymMix, ...]
     data_hash: str
@@ -92,31 +97,42 @@ def open_parents(
         twice = next(path.name for path in paths if paths.count(path) > 1)
         raise ArtifactError("is given twice", where=twice, remedy="give every model once, the base not among them")
     names = _names(paths)
+    stray = sorted(set(skills) - set(names))
+    if stray:
+        what = f"{stray[0]!r} is none of the models"
+        raise ConfigError(what, where="phases.evomerge.skills", remedy=f"use their names: {', '.join(names)}")
     opened = [WeightFolder.open(path, name) for path, name in zip(paths, names)]
-    candidates = [one.candidate() for one in opened]
+    candidates = [_candidate(one) for one in opened]
     check_models(candidates[:-1], candidates[-1])
 
     def parents_of(model_id: str) -> list[str] | None:
         row = storage.registry.get_model(model_id)
-        return WeightFolder.open(Path(row["model_path"]), model_id).artifact.manifest.parents if row else None
+        return None if row is None or row["phase_name"] == EXTERNAL else storage.registry.ancestors(model_id)
 
     check_lineage(candidates[:-1], candidates[-1], parents_of)
     found = [_parent(one, given, name, skills) for one, given, name in zip(opened, (*models, base), names)]
     if not any(one.speciality for one in found):
-        remedy = 'name it: --set phases.evomerge.skills.sorting=[{family="sort"}]'
+        remedy = f'name it: --set phases.evomerge.skills.{names[0]}=[{{family="sort"}}]'
         raise ConfigError("nobody knows what the models practised", where="phases.evomerge.skills", remedy=remedy)
     return found[:-1], found[-1]
 
 
+def _candidate(opened: WeightFolder) -> Candidate:
+    """What is known of a model. One that was taken in from elsewhere has a manifest, but nobody knows its lineage."""
+    known = opened.candidate()
+    elsewhere = known.manifest is not None and known.manifest.phase_name == EXTERNAL
+    return replace(known, manifest=None) if elsewhere else known
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A short name for every folder: its own, numbered where two are called alike."""
-    names: list[str] = []
+    """A short name for every folder: its own, numbered where two are called alike, or as the search's best is."""
+    names: list[str] = [CHAMPION]
     for path in paths:
         name, number = path.name, 2
         while name in names:
             name, number = f"{path.name}_{number}", number + 1
         names.append(name)
-    return names
+    return names[1:]
 
 
 def _parent(opened: WeightFolder, given: str, name: str, skills: Mapping[str, tuple[GymMix, ...]]) -> Parent:
@@ -126,6 +142,7 @@ def _parent(opened: WeightFolder, given: str, name: str, skills: Mapping[str, tu
     return Parent(
         name=name,
         model_id=manifest.model_id if manifest else str(given),
+        made_here=manifest is not None,
         folder=opened.path,
         speciality=mix,
         data_hash=manifest.data_hash if manifest else "",
@@ -141,8 +158,13 @@ def _weights_print(folder: Path) -> str:
 
 
 def differing_traits(configs: Mapping[str, Any], base: str) -> dict[str, dict[str, Any]]:
-    """By model, the settings in which it differs from the base: none of them is a shape, the weights fit both."""
+    """By model, the settings in which it differs from the base: none of them is a shape, the weights fit both.
+
+    Models of Hugging Face's families have none: what their configurations may differ in, the merge does not take over.
+    """
     origin = configs[base].model_dump()
+    if configs[base].family not in FAMILIES:
+        return {}
     found = {}
     for name, config in configs.items():
         values = config.model_dump()

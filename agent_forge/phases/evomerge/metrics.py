@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from agent_forge.phases.evomerge.phase import EvoMergePhase
 
 LISTED = 50
-"""Generations the sources' list has names for; later ones are in the events only."""
+"""The last generation the sources' list has names for, counted from 0; later ones are in the events only."""
 
 
 def emit_generation(logger: PhaseLogger, row: dict[str, Any], tokens: int) -> None:
@@ -57,7 +57,7 @@ def emit_phase(phase: EvoMergePhase, search: Progress, facts: dict[str, Any]) ->
         "phase/initial_fitness": first,
         "phase/final_fitness": last,
         "phase/fitness_improvement": last - first,
-        "phase/fitness_improvement_percent": 100 * (last - first) / first,
+        "phase/fitness_improvement_percent": 100 * (last - first) / first if first else 0.0,
         "phase/generations_completed": search.generation,
         "phase/evaluations": search.evaluations,
         "phase/champion_combo_id": combo,

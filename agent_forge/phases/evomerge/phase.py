@@ -18,7 +18,16 @@ from agent_forge.merging.recipes import slots
 from agent_forge.merging.strategies_config import Space
 from agent_forge.phases.evomerge.card import card
 from agent_forge.phases.evomerge.config import EvoMergeConfig
-from agent_forge.phases.evomerge.evaluate import Candidate, Evaluator, Task, evaluator, one_thread, with_traits
+from agent_forge.phases.evomerge.evaluate import (
+    Candidate,
+    Evaluator,
+    Task,
+    evaluator,
+    one_thread,
+    put_weights,
+    weights_of,
+    with_traits,
+)
 from agent_forge.phases.evomerge.evidence import Finals, gate, measure, strategy_claims, strategy_table
 from agent_forge.phases.evomerge.evolution import FILE, Evolution, Rules
 from agent_forge.phases.evomerge.evolution import Progress as Search
@@ -29,7 +38,8 @@ from agent_forge.phases.evomerge.population import Population
 from agent_forge.pipeline.conversation import converse
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import require_free
-from forgekit.data.plans import TextPlan
+from forgekit.data.gym import Problem
+from forgekit.data.plans import GymMix, TextPlan
 from forgekit.data.problems import held_out
 from forgekit.data.texts import load_texts
 from forgekit.models.io import read_model
@@ -81,7 +91,8 @@ class EvoMergePhase(PhaseController):
         config, context = self.config, self.context
         parents, base = self._open(models)
         field = self._field(parents, base)
-        key = self.key("evolution", *(parent.print for parent in (*parents, base)))
+        exams = (exam.print for exam in field.task.exams.values())
+        key = self.key("evolution", *(parent.print for parent in (*parents, base)), *exams)
         with evaluator(field.task, config.workers, config.engine) as judges:
             search, evolution = self._search(field, judges, key)
             winner = search.champion
@@ -94,8 +105,9 @@ class EvoMergePhase(PhaseController):
             recipe = winner.recipe.describe()
             facts = {"table": table, "kept": tables["kept"], "key": key, "recipe": recipe}
             facts["lineage"] = dict(evolution.population.lineage)
-            model_id, model = self._save(field, search, evolution.weights(winner), facts)
+            weights = evolution.weights(winner)
             fsio.remove_tree(self.context.folder / "population")
+            model_id, model = self._save(field, search, weights, facts)
             if config.compare.evaluations:
                 tables["strategies"], found = self._compare(field, judges, key)
                 tables["strategy_table"] = strategy_table(tables["strategies"])
@@ -142,11 +154,11 @@ class EvoMergePhase(PhaseController):
         """Load everything and decide what candidates are asked."""
         config, context = self.config, self.context
         template, tokenizer = read_model(base.folder)
-        states = {base.name: template.state_dict()}
+        states = {base.name: weights_of(template)}
         configs = {base.name: template.config}
         for parent in parents:
             model = read_model(parent.folder)[0]
-            states[parent.name], configs[parent.name] = model.state_dict(), model.config
+            states[parent.name], configs[parent.name] = weights_of(model), model.config
         for name, state in states.items():
             for tensor_name, tensor in state.items():
                 if tensor.is_floating_point():
@@ -162,7 +174,7 @@ class EvoMergePhase(PhaseController):
         mixes = {one.name: one.speciality for one in (*parents, base) if one.speciality}
         exams = {}
         for split, amount in (("select", config.fitness), ("report", config.evaluation)):
-            problems = {name: held_out(mix, amount.problems, split) for name, mix in mixes.items()}
+            problems = distinct_problems(mixes, amount.problems, split)
             windows = config.fitness.replace(windows=amount.windows)
             exams[split] = Exam.make(tokenizer, problems, texts[split], windows)
         with one_thread():
@@ -251,7 +263,7 @@ class EvoMergePhase(PhaseController):
         mixes = {one.name: one.speciality for one in (*field.parents, field.base) if one.speciality}
         finals = Finals(
             marks=found["report"],
-            problems={name: held_out(mix, config.evaluation.problems, "report") for name, mix in mixes.items()},
+            problems=distinct_problems(mixes, config.evaluation.problems, "report"),
             mixes=mixes,
             parents=parents,
             base=field.base.name,
@@ -266,7 +278,7 @@ class EvoMergePhase(PhaseController):
         """The champion as an artifact, and its model; one that an earlier start saved is taken as it is."""
         context, winner = self.context, search.champion
         model = with_traits(read_model(field.base.folder)[0], field.task.traits.get(winner.recipe.traits, {}))
-        model.load_state_dict(weights)
+        put_weights(model, weights)
         rows = context.storage.registry.search_models(phase=self.name, session_id=context.session_id)
         done = next((r for r in rows if r["metadata"].get("config_hash") == facts["key"]), None)
         if done is not None and Path(done["model_path"]).is_dir():
@@ -274,7 +286,7 @@ class EvoMergePhase(PhaseController):
         row = facts["table"][CHAMPION]["report"]
         everyone = [*field.parents, field.base]
         metadata = {
-            "parents": [one.model_id for one in everyone],
+            "parents": [one.model_id for one in everyone if one.made_here],
             "config_hash": facts["key"],
             "data_hash": field.base.data_hash,
             "seeds": [self.config.seed],
@@ -301,6 +313,17 @@ class EvoMergePhase(PhaseController):
             model, context.session_id, self.name, CHAMPION, metadata, tokenizer=field.tokenizer, extras=extras
         )
         return saved, model
+
+
+def distinct_problems(mixes: Mapping[str, tuple[GymMix, ...]], count: int, split: str) -> dict[str, list[Problem]]:
+    """Held-out problems of every speciality. One that several practised counts once, for the first of them."""
+    found, seen = {}, set()
+    for name, mix in mixes.items():
+        fresh = [problem for problem in held_out(mix, count, split) if problem.prompt not in seen]
+        seen |= {problem.prompt for problem in fresh}
+        if fresh:
+            found[name] = fresh
+    return found
 
 
 def _representatives(changes: Mapping[str, Mapping[str, Any]], names: list[str]) -> tuple[str, ...]:

@@ -65,13 +65,14 @@ class Population:
     def keep(self, wanted: Iterable[str], weights: Mapping[str, bytes]) -> None:
         """Make the folder hold exactly ``wanted``; what it lacks is taken from ``weights`` or made again."""
         wanted = list(dict.fromkeys(wanted))
-        for name in self.names() - set(wanted):
+        for name in sorted(self.names() - set(wanted)):
             self._path(name).unlink()
         self._near = {}
         for name in wanted:
-            if not self._path(name).is_file():
-                data = weights[name] if name in weights else save(dict(self.state(name)))
-                fsio.write_atomic(self._path(name), data)
+            if name in weights:  # written over whatever an earlier search left under this name
+                fsio.write_atomic(self._path(name), weights[name])
+            elif not self._path(name).is_file():
+                fsio.write_atomic(self._path(name), save(dict(self.state(name))))
 
     def ancestors(self, names: Iterable[str]) -> dict[str, Recipe]:
         """The recipes of individuals and of everything they were made of, oldest first."""
