@@ -93,6 +93,8 @@ class MergePlan(Config):
     """Session of the result's manifest; the first model's when unset."""
     model_name: str | None = None
     """Name of the result; the output folder's when unset."""
+    notes: tuple[str, ...] = ()
+    """Further notes for the card, such as where the importances come from."""
     created_at: str | None = None
     """Instant on the card and in the manifest, ISO 8601; now when unset. Give one for equal files every time."""
 
@@ -212,7 +214,7 @@ def prepare(plan: MergePlan, parents_of: Lookup | None = None) -> Job:
     limit = sum(Stored(Path(), *kind).bytes for kind in typed.values()) if models[0].ours else plan.max_shard_bytes
     shards = make_shards(typed, max(limit, 1))
     job = Job(plan, merger, options, models, base, importances, entries, shards, findings)
-    findings.notes.extend(_notes(job))
+    findings.notes.extend([*plan.notes, *_notes(job)])
     return job
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from agent_forge.merging.operators_config import PassthroughOptions
@@ -50,11 +51,14 @@ def manifest_of(job: Job, receipt: dict[str, Any], config: dict[str, Any]) -> Ma
 def receipt_of(job: Job) -> dict[str, Any]:
     """What was merged and how; hashes every input unless the plan says not to."""
     plan = job.plan
+    folders = (*job.inputs, *job.importances)
     if plan.verify:
-        with ThreadPoolExecutor(job.threads) as pool:
-            hashes = [folder.content_hash(pool.map) for folder in (*job.inputs, *job.importances)]
+        with ThreadPoolExecutor(job.threads) as files, ThreadPoolExecutor(len(folders)) as pool:
+            found = [pool.submit(folder.content_hash, files.map) for folder in folders]
+            import_module("agent_forge.merging.operators")  # torch takes as long to load as a gigabyte to hash
+            hashes = [one.result() for one in found]
     else:
-        hashes = [f.artifact.content_hash if f.artifact else None for f in (*job.inputs, *job.importances)]
+        hashes = [f.artifact.content_hash if f.artifact else None for f in folders]
     roles = ["model"] * len(job.models) + ["base"] * bool(job.base) + ["importances"] * len(job.importances)
     inputs = [
         {
@@ -63,7 +67,7 @@ def receipt_of(job: Job) -> dict[str, Any]:
             "model_id": folder.artifact.manifest.model_id if folder.artifact else None,
             "sha256": digest,
         }
-        for role, folder, digest in zip(roles, (*job.inputs, *job.importances), hashes)
+        for role, folder, digest in zip(roles, folders, hashes)
     ]
     copied = sum(job.copied(entry) for entry in job.entries)
     return {

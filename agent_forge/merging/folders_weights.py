@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _LONGEST_HEADER = 100_000_000
+HASHED_AT_ONCE = 2**23
+"""Bytes of a file that are read and hashed in one piece."""
 
 # Names of types in the format, in torch, and their bytes.
 _TYPES = {
@@ -159,14 +161,12 @@ class WeightFolder:
         Raises:
             ArtifactError: no such folder, no safetensors in it, or a file is missing or truncated.
         """
-        from forgekit.models.io import read_config
-
         with disk_errors(path):
             if not model and path.is_file():
                 return cls(path, name, {}, read_header(path))
             if not path.is_dir():
                 raise ArtifactError("no such folder", where=str(path), remedy="check the path")
-            config = read_config(path) if model else {}
+            config = _read_config(path) if model else {}
             artifact = Artifact.open(path, verify=False) if (path / MANIFEST).is_file() else None
             return cls(path, name, config, _tensors(path), artifact)
 
@@ -212,7 +212,7 @@ class WeightFolder:
         files = [path for path in files if path.is_file()]
         root = self.path if self.path.is_dir() else self.path.parent
         with disk_errors(self.path):
-            hashes = {p.relative_to(root).as_posix(): digest for p, digest in zip(files, run(sha256_file, files))}
+            hashes = {p.relative_to(root).as_posix(): digest for p, digest in zip(files, run(_sha256, files))}
         if self.artifact is None:
             return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
         for name, digest in hashes.items():
@@ -221,6 +221,28 @@ class WeightFolder:
                 what = f"{name} is truncated or changed (sha256 {digest[:12]}…, manifest {str(expected)[:12]}…)"
                 raise ArtifactError(what, where=str(self.path), remedy="copy the artifact again or make it anew")
         return self.artifact.content_hash
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file, in long pieces: between two of them a thread waits for its turn, and while another one is
+    busy importing torch that is a hundredth of a second each time."""
+    digest, room = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(memoryview(room)[:count])
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``; as :func:`forgekit.models.io.read_config`, whose module loads torch."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = "give an artifact or Hugging Face folder"
+        raise ArtifactError("no model here", where=str(path), remedy=remedy) from None
+    except ValueError as error:
+        raise ArtifactError(f"unreadable ({error})", where=str(path), remedy="restore the artifact") from None
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:

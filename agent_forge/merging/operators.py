@@ -7,11 +7,12 @@ Breadcrumbs, Davari and Belilovsky (2312.06795); Model Stock, Jang et al. (2403.
 
 Notation: x_i is model i's tensor, b the base's, d_i = x_i - b the task vector, w_i the weight, n the number of values.
 
-A function takes a :class:`TensorGroup` and its options and returns the merged tensor in working precision (float32;
-float64 for float64 models); :func:`merge_tensor` is the entry that checks, calls it and returns the first model's
-dtype. Values are computed block by block, so that temporary memory is small whatever the tensor's size. Everything
-that mixes whole tensors by scalars (SLERP, Karcher, Model Stock) finds the scalars from inner products in float64 and
-touches the tensors once. Nothing depends on the number of threads or on the order in which tensors are visited.
+A function takes a :class:`TensorGroup` and its options and returns the merged tensor, computed in working precision
+(float32; float64 for float64 models); :func:`merge_tensor` is the entry that checks, calls it and returns the first
+model's dtype. Values are computed block by block in buffers that are made once per tensor: temporary memory is small
+whatever the tensor's size, and no operation waits for fresh pages. Everything that mixes whole tensors by scalars
+(SLERP, Karcher, Model Stock) finds the scalars from inner products in float64 and touches the tensors once. Nothing
+depends on the number of threads or on the order in which tensors are visited.
 """
 
 from __future__ import annotations
@@ -52,13 +53,12 @@ from forgekit.errors import ArtifactError
 
 BLOCK = 2**17
 """Values computed at a time: a few of these fit into a CPU's cache."""
-DOT_BLOCK = 2**14
+DOT_BLOCK = 2**15 - 2**6
 """Values per partial inner product: below torch's threshold for splitting a sum among threads."""
 TOO_LARGE = "lower the weights or lam, or store the models in a wider type"
 
-Sift = Callable[[Tensor], Tensor]
-"""Takes the next block of a task vector (fresh, may be changed in place) and returns what is kept of it. Blocks come in
-order."""
+Sift = Callable[[Tensor], object]
+"""Takes the next block of a task vector and changes it in place to what is kept of it. Blocks come in order."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,14 @@ class TensorGroup:
         return layer_of(self.name)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the result: the first model's."""
+        return self.models[0].dtype
+
+    @property
     def work(self) -> torch.dtype:
         """The precision it is computed in."""
-        return torch.float64 if self.models[0].dtype == torch.float64 else torch.float32
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def label(self, index: int) -> str:
         """The name of a model for messages; the base comes after the last model."""
@@ -118,7 +123,7 @@ def merge_tensor(merger: Merger, group: TensorGroup, options: MergeOptions) -> T
         _check_values(group)
         result = merger.run(group, options) if first.numel() else first
     result = result.to(first.dtype)
-    if result.is_floating_point():
+    if result.is_floating_point() and not _finite(result):
         check_finite(result, group.name, f"the {merger.name} result", TOO_LARGE)
     return result.clone() if any(result is t for t in _every(group)) else result
 
@@ -144,16 +149,30 @@ def _check_values(group: TensorGroup) -> None:
         if not tensor.is_floating_point():
             what = f"{group.name} is {str(tensor.dtype).removeprefix('torch.')}, in {group.label(0)} it is not"
             raise ArtifactError(what, where=group.label(index), remedy="merge models stored in floating point")
-        check_finite(tensor, group.name, group.label(index))
+        if not _finite(tensor):
+            check_finite(tensor, group.name, group.label(index))
     for index, tensor in enumerate(group.importances or ()):
         label = f"importances of {group.label(index)}"
-        check_finite(tensor, group.name, label)
+        if not _finite(tensor):
+            check_finite(tensor, group.name, label)
         if tensor.shape != group.models[0].shape:
             what = f"{group.name} has shape {tuple(tensor.shape)}, the model's is {tuple(group.models[0].shape)}"
             raise ArtifactError(what, where=label, remedy="measure them on this model")
         if tensor.numel() and tensor.min() < 0:
             what = f"{group.name} holds {tensor.min():.3g}; an importance is zero or more"
             raise ArtifactError(what, where=label, remedy="give squared gradients (the diagonal Fisher)")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite for sure; False where only a look at every value can tell.
+
+    A sum is finite unless a value is not, or it overflows. In short pieces, because torch adds up long tensors of
+    narrow types ten times as slowly.
+    """
+    if tensor.element_size() == 1:
+        return False
+    flat, precision = tensor.detach().reshape(-1), torch.promote_types(tensor.dtype, torch.float32)
+    return all(math.isfinite(flat[block].sum(dtype=precision).item()) for block in _blocks(flat.numel()))
 
 
 # Building blocks
@@ -173,13 +192,41 @@ def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().reshape(-1) for t in tensors]
 
 
-def weighted_sum(tensors: Sequence[Tensor], factors: Sequence[float], work: torch.dtype) -> Tensor:
-    """sum f_i x_i in ``work`` precision; a factor of zero leaves its tensor out, a single factor of one is exact."""
+def _buffers(number: int, count: int, dtype: torch.dtype, size: int = BLOCK) -> Tensor:
+    """Room (number, size) for blocks of a tensor of ``count`` values."""
+    return torch.empty(number, min(size, count), dtype=dtype)
+
+
+def _block_of(x: Tensor, block: slice, buffer: Tensor) -> Tensor:
+    """A block in the buffer's precision: the tensor's own memory where it has that precision, else a copy."""
+    part = x[block]
+    return part if part.dtype == buffer.dtype else buffer[: part.numel()].copy_(part)
+
+
+def weighted_sum(
+    tensors: Sequence[Tensor], factors: Sequence[float], work: torch.dtype, dtype: torch.dtype | None = None
+) -> Tensor:
+    """sum f_i x_i in ``work`` precision; a factor of zero leaves its tensor out, a single factor of one is exact.
+
+    Args:
+        tensors: of one shape.
+        factors: one per tensor.
+        work: precision of the sum.
+        dtype: type of the result; ``work`` when unset.
+    """
     used = [(x, f) for x, f in zip(_flat(tensors), factors) if f]
-    out = torch.zeros(tensors[0].numel(), dtype=work)
+    out = torch.empty(tensors[0].numel(), dtype=dtype or work)
+    total, wide = _buffers(2, out.numel(), work)
     for block in _blocks(out.numel()):
-        for x, f in used:
-            out[block].add_(x[block].to(work), alpha=f)
+        here = out[block]
+        summed = here if out.dtype == work else total[: here.numel()]
+        if not used:
+            summed.zero_()
+        for number, (x, f) in enumerate(used):
+            part = _block_of(x, block, wide)
+            summed.add_(part, alpha=f) if number else torch.mul(part, f, out=summed)
+        if summed is not here:
+            here.copy_(summed)
     return out.reshape(tensors[0].shape)
 
 
@@ -188,14 +235,18 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> np.ndarray:
     k, flat = len(tensors), _flat(tensors)
     origin = base.detach().reshape(-1) if base is not None else None
     products = np.zeros((k, k))
+    room = _buffers(k + 2, flat[0].numel(), torch.float64, DOT_BLOCK)
     for block in _blocks(flat[0].numel(), DOT_BLOCK):
-        rows = [x[block].double() for x in flat]
+        *rows, start, product = room[:, : block.stop - block.start]
         if origin is not None:
-            start = origin[block].double()
-            rows = [row - start for row in rows]
+            start.copy_(origin[block])
+        for row, x in zip(rows, flat):
+            row.copy_(x[block])
+            if origin is not None:
+                row.sub_(start)
         for i in range(k):
             for j in range(i, k):
-                products[i, j] += (rows[i] * rows[j]).sum().item()
+                products[i, j] += torch.mul(rows[i], rows[j], out=product).sum().item()
     return np.maximum(products, products.T) if k == 1 else np.triu(products) + np.triu(products, 1).T
 
 
@@ -212,40 +263,50 @@ class _Fusion:
 
 def _fuse(group: TensorGroup, fusion: _Fusion) -> Tensor:
     models, base = _flat(group.models), _flat([group.base])[0]
-    out = torch.empty(base.numel(), dtype=group.work)
+    out = torch.empty(base.numel(), dtype=group.dtype)
+    room = _buffers(len(models) + 5, base.numel(), group.work, fusion.block)
     for block in _blocks(base.numel(), fusion.block):
-        origin = base[block].to(group.work)
-        parts = []
-        for x, weight, sift in zip(models, fusion.weights, fusion.sifts):
-            part = torch.sub(x[block].to(group.work), origin)
-            part = sift(part) if sift else part
-            parts.append(part if weight == 1 else part.mul_(weight))
+        *parts, wide, origin, first, second, third = room[:, : block.stop - block.start]
+        origin = _block_of(base, block, origin)
+        for x, weight, sift, part in zip(models, fusion.weights, fusion.sifts, parts):
+            torch.sub(_block_of(x, block, wide), origin, out=part)
+            if sift:
+                sift(part)
+            if weight != 1:
+                part.mul_(weight)
         if fusion.consensus:
-            merged = _agreeing(parts, fusion.weights, fusion.consensus.normalize)
+            merged = _agreeing(parts, fusion.weights, fusion.consensus.normalize, (wide, first, second, third))
         else:
             merged = parts[0]
             for part in parts[1:]:
-                merged = merged.add_(part)
-        torch.add(origin, merged, alpha=fusion.lam, out=out[block])
+                merged.add_(part)
+        here = out[block]
+        if out.dtype == group.work:
+            torch.add(origin, merged, alpha=fusion.lam, out=here)
+        else:
+            here.copy_(torch.add(origin, merged, alpha=fusion.lam, out=wide))
     return out.reshape(group.base.shape)
 
 
-def _agreeing(parts: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+def _agreeing(parts: Sequence[Tensor], weights: Sequence[float], normalize: bool, room: tuple[Tensor, ...]) -> Tensor:
     """Elect a sign per entry by the summed mass, then the mean (or sum) of the entries that have it.
 
-    Where the masses cancel exactly no sign is elected and nothing is added (TIES, section 3: sgn(0) = 0).
+    Where the masses cancel exactly no sign is elected and nothing is added (TIES, section 3: sgn(0) = 0). Works in the
+    four buffers of ``room`` and returns one of them.
     """
-    sign = parts[0].clone()
+    sign, agreeing, total, agreed = room
+    sign.copy_(parts[0])
     for part in parts[1:]:
         sign.add_(part)
     sign.sign_()
-    total, agreed = torch.zeros_like(sign), torch.zeros_like(sign)
+    total.zero_(), agreed.zero_()
     for part, weight in zip(parts, weights):
-        agreeing = (part * sign).clamp_(min=0)
+        torch.mul(part, sign, out=agreeing).clamp_(min=0)
         total.add_(agreeing)
-        agreed.add_(agreeing.sign_(), alpha=weight)
+        if normalize:
+            agreed.add_(agreeing.sign_(), alpha=weight)
     if normalize:
-        total.div_(agreed.masked_fill_(agreed == 0, 1))
+        total.div_(agreed.clamp_(min=torch.finfo(agreed.dtype).tiny))  # nothing divided by next to nothing is nothing
     return total.mul_(sign)
 
 
@@ -253,8 +314,9 @@ def _magnitudes(group: TensorGroup, index: int) -> np.ndarray:
     """|d_i|, flat, in working precision; the caller owns it."""
     x, base = _flat([group.models[index], group.base])
     out = torch.empty(x.numel(), dtype=group.work)
+    wide, origin = _buffers(2, x.numel(), group.work)
     for block in _blocks(x.numel()):
-        torch.sub(x[block].to(group.work), base[block].to(group.work), out=out[block]).abs_()
+        torch.sub(_block_of(x, block, wide), _block_of(base, block, origin), out=out[block]).abs_()
     return out.numpy()
 
 
@@ -266,11 +328,13 @@ def _share(share: float, count: int) -> int:
 def _within(low: float, high: float) -> Sift:
     """Keep magnitudes from ``low`` to ``high``, both included."""
 
-    def sift(part: Tensor) -> Tensor:
+    def sift(part: Tensor) -> None:
         kind = part.numpy().dtype.type
-        below = float(np.nextafter(kind(low), kind(0)))  # the largest magnitude that goes
-        kept = torch.nn.functional.hardshrink(part, below) if low > 0 else part
-        return kept if high == math.inf else kept.masked_fill_(kept.abs() > high, 0)
+        if low > 0:
+            below = float(np.nextafter(kind(low), kind(0)))  # the largest magnitude that goes
+            torch.ops.aten.hardshrink.out(part, below, out=part)
+        if high < math.inf:
+            part.masked_fill_(part.abs() > high, 0)
 
     return sift
 
@@ -281,7 +345,7 @@ def _within(low: float, high: float) -> Sift:
 def linear(group: TensorGroup, options: LinearOptions) -> Tensor:
     """Weighted average, sum w_i x_i / sum w_i."""
     weights = normalised(options.weights_for(len(group.models), group.layer))
-    return weighted_sum(group.models, weights, group.work)
+    return weighted_sum(group.models, weights, group.work, group.dtype)
 
 
 def slerp(group: TensorGroup, options: SlerpOptions) -> Tensor:
@@ -297,7 +361,7 @@ def slerp(group: TensorGroup, options: SlerpOptions) -> Tensor:
         arm = np.eye(1, count, place)[0]
         left, right = _slerp_factors(factors, arm, products, t, options.parallel)
         factors = left * factors + right * arm
-    return weighted_sum(group.models, factors.tolist(), group.work)
+    return weighted_sum(group.models, factors.tolist(), group.work, group.dtype)
 
 
 def _slerp_factors(a: np.ndarray, c: np.ndarray, products: np.ndarray, t: float, parallel: float) -> tuple:
@@ -323,8 +387,8 @@ def karcher(group: TensorGroup, options: KarcherOptions) -> Tensor:
     units = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     factors = _mean_direction(products * np.outer(units, units), weights * (norms > 0), options)
     if factors is None:
-        return weighted_sum(group.models, weights.tolist(), group.work)
-    return weighted_sum(group.models, (factors * units * (weights @ norms)).tolist(), group.work)
+        return weighted_sum(group.models, weights.tolist(), group.work, group.dtype)
+    return weighted_sum(group.models, (factors * units * (weights @ norms)).tolist(), group.work, group.dtype)
 
 
 def _mean_direction(cosines: np.ndarray, weights: np.ndarray, options: KarcherOptions) -> np.ndarray | None:
@@ -383,10 +447,13 @@ def ties(group: TensorGroup, options: TiesOptions) -> Tensor:
 def _dropping(group: TensorGroup, rate: float) -> list[Sift | None]:
     """One sift per model: drop each entry with chance ``rate``, divide the rest by ``1 - rate``."""
 
+    numbers = np.empty(min(BLOCK, group.base.numel()), np.float32)
+
     def sift(draws: np.random.Generator) -> Sift:
-        def keep(part: Tensor) -> Tensor:
-            kept = torch.from_numpy(draws.random(part.numel(), dtype=np.float32)).ge_(rate)  # 1 or 0
-            return part.mul_(kept).mul_(1 / (1 - rate))
+        def keep(part: Tensor) -> None:
+            drawn = draws.random(dtype=np.float32, out=numbers[: part.numel()])
+            part.mul_(torch.from_numpy(drawn).ge_(rate))  # 1 or 0
+            part.mul_(1 / (1 - rate))
 
         return keep
 
@@ -413,14 +480,14 @@ def della(group: TensorGroup, options: DellaOptions) -> Tensor:
     row = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
     def sift(draws: np.random.Generator) -> Sift:
-        def keep(part: Tensor) -> Tensor:
+        def keep(part: Tensor) -> None:
             order = part.view(-1, row).abs().argsort(dim=1, stable=True)
             rank = torch.empty_like(order).scatter_(1, order, torch.arange(row).expand_as(order))
             slope = 2 * options.epsilon / (row - 1) if row > 1 else 0.0
             top = options.drop_rate + (options.epsilon if row > 1 else 0.0)
             drop = rank.view(-1).to(torch.float32).mul_(-slope).add_(top)
             kept = torch.from_numpy(draws.random(part.numel(), dtype=np.float32)) >= drop
-            return part.mul_(kept).div_(1 - drop)
+            part.mul_(kept).div_(1 - drop)
 
         return keep
 
@@ -463,14 +530,17 @@ def fisher(group: TensorGroup, options: FisherOptions) -> Tensor:
     """sum w_i F_i x_i / sum w_i F_i, entry by entry; the plain average where there is no importance."""
     weights = normalised(options.weights_for(len(group.models), group.layer))
     if group.importances is None:
-        return weighted_sum(group.models, weights, group.work)
+        return weighted_sum(group.models, weights, group.work, group.dtype)
     models, matters = _flat(group.models), _flat(group.importances)
     floor = options.floor * sum(f.double().mean().item() for f in matters) / len(matters)
-    out = torch.empty(models[0].numel(), dtype=group.work)
+    out = torch.empty(models[0].numel(), dtype=group.dtype)
+    room = _buffers(5, out.numel(), group.work)
     for block in _blocks(out.numel()):
-        top, bottom, plain = (torch.zeros_like(out[block]) for _ in range(3))
+        top, bottom, plain, share, wide = room[:, : block.stop - block.start]
+        top.zero_(), bottom.zero_(), plain.zero_()
         for x, f, weight in zip(models, matters, weights):
-            share, value = f[block].to(group.work).clamp(min=floor).mul(weight), x[block].to(group.work)
+            torch.clamp(_block_of(f, block, wide), min=floor, out=share).mul_(weight)
+            value = _block_of(x, block, wide)
             bottom.add_(share)
             top.addcmul_(share, value)
             plain.add_(value, alpha=weight)
@@ -480,7 +550,7 @@ def fisher(group: TensorGroup, options: FisherOptions) -> Tensor:
 
 def dfs(group: TensorGroup, options: DfsOptions) -> Tensor:
     """Dynamic fusion: sum s_i x_i, where the share s_i follows the importance of this tensor to model i."""
-    return weighted_sum(group.models, fusion_shares(group, options), group.work)
+    return weighted_sum(group.models, fusion_shares(group, options), group.work, group.dtype)
 
 
 def fusion_shares(group: TensorGroup, options: DfsOptions) -> list[float]:

@@ -320,17 +320,19 @@ class Handler(BaseHTTPRequestHandler):
         """Errors become answers; a client that went away ends the connection."""
         self._answered = False
         self._unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        settled = False
         try:
             self._check_host()
             answer()
+            settled = True
         except ApiError as error:
+            settled = True
             self._fail(error)
         except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        except Exception:
-            if not self._answered:
+            settled = self.close_connection = True
+        finally:  # whatever else went wrong goes on its way to the log, but the client is not left without an answer
+            if not (settled or self._answered):
                 self._fail(ApiError(500, "the server made a mistake", remedy="see its log"))
-            raise
 
     # ---- reading
 

@@ -11,6 +11,7 @@ import json
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -129,7 +130,7 @@ class Message(Config):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class CommonRequest(Config):
+class CommonRequest(Config, ABC):
     """What both kinds of requests have in common."""
 
     model_config = ConfigDict(strict=True)
@@ -175,9 +176,9 @@ class CommonRequest(Config):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """How many alternatives to report per token; ``None`` reports nothing."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int, temperature: float, seed: int) -> SamplingConfig:
         """The house's settings; the arguments stand in for what the request leaves open."""
@@ -286,7 +287,7 @@ def _no_constant(name: str) -> None:
 # ---- answers
 
 
-class Reply:
+class Reply(ABC):
     """Writes one request's answer, whole or in events.
 
     Args:
@@ -323,11 +324,13 @@ class Reply:
             return []
         return [{**self._head(self.event_kind), "choices": [], "usage": self._usage()}]
 
+    @abstractmethod
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """A row's whole answer."""
 
+    @abstractmethod
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a piece adds to a row's answer."""
 
     def _note(self, pieces: list[Piece]) -> None:
         self.results |= {piece.row: piece.result for piece in pieces if piece.result is not None}
@@ -407,7 +410,8 @@ class CompletionReply(Reply):
             "finish_reason": _finish(piece),
         }
 
-    _delta = _choice
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        return self._choice(piece)
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         tokens = [self._token(score.token)[0] for score in piece.scores]

@@ -18,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from agent_forge.serve.app import ServeConfig, load_engines, running_server
+from agent_forge.serve.protocol import CommonRequest, Reply
 from forgekit.data.tokenizer import END, train_tokenizer
 from forgekit.errors import ArtifactError, ConfigError, ResourceError
 from forgekit.infer.chat import conversation_ids
@@ -285,22 +286,6 @@ def test_http_1_0_gets_an_unframed_stream(server):
     assert "chunked" not in answer and answer.endswith("\n\ndata: [DONE]\n\n")
 
 
-def test_the_official_client_is_content(server):
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["tiny", "slow"]
-    whole = client.chat.completions.create(**HELLO, **SEEDED, logprobs=True, top_logprobs=2)
-    pieces = client.chat.completions.create(**HELLO, **SEEDED, stream=True, stream_options={"include_usage": True})
-    pieces = list(pieces)
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert text == whole.choices[0].message.content and pieces[-1].usage == whole.usage
-    assert client.completions.create(**PROMPT).choices[0].text == wanted("hello world").text
-    with pytest.raises(openai.NotFoundError, match="no model 'x'"):
-        client.completions.create(model="x", prompt="hello")
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.completions.create(model="tiny", prompt="hello", temperature=9)
-
-
 # ---- refusals
 
 WRONG_FIELDS = [
@@ -492,6 +477,26 @@ def test_a_failing_model_is_500_and_the_server_goes_on():
         assert "out of memory" in refusal(server, TEXT, {"model": "slow", "prompt": "x"}, 500, None)
         engine.model.inner.forward = right
         assert call(server, TEXT, {"model": "slow", "prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def test_a_mistake_of_the_server_is_500_and_goes_to_the_log(monkeypatch, capfd):
+    with running_server({"tiny": ENGINE}, QUICK) as server:
+        with monkeypatch.context() as broken:
+            broken.setattr("agent_forge.serve.protocol.CompletionReply._choice", lambda self, piece: piece.nothing)
+            assert "the server made a mistake" in refusal(server, TEXT, PROMPT, 500, None)
+            broken.setattr("agent_forge.serve.protocol.CompletionReply._delta", lambda self, piece: piece.nothing)
+            connection = open_stream(server, {**PROMPT, "stream": True})
+            answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+            assert "HTTP/1.1" not in answer and "[DONE]" not in answer  # no second answer in the middle of the first
+            connection.close()
+        assert call(server, TEXT, PROMPT)[1]["choices"][0]["text"] == wanted("hello world").text
+    assert capfd.readouterr().err.count("has no attribute 'nothing'") == 2
+
+
+def test_the_parts_that_requests_and_replies_share_are_no_answers_of_their_own():
+    for part in (CommonRequest, Reply):
+        with pytest.raises(TypeError, match="abstract"):
+            part(model="tiny") if part is CommonRequest else part(None, None)
 
 
 def test_a_conversation_that_the_models_template_refuses_is_400():
