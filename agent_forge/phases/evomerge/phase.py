@@ -215,12 +215,12 @@ class EvoMergePhase(PhaseController):
         self, field: Field, judges: Evaluator, key: str
     ) -> tuple[list[dict[str, Any]], dict[str, list[Marks]]]:
         """Every strategy with every seed at equal evaluations, and what their champions reach on the report split."""
-        plan, folder, runs = self.config.compare, self.context.folder / "compare", []
-        found: dict[str, list[Marks]] = {}
+        plan, folder = self.config.compare, self.context.folder / "compare"
         rules = Rules(10**6, 10**6, 0.0, self.config.min_diversity, plan.evaluations)
         jobs = [(name, self.config.seed + number) for name in plan.strategies for number in range(plan.seeds)]
+        runs, champions = [], []
         for done, (name, seed) in enumerate(jobs):
-            self.context.show(Progress("strategies", done, len(jobs), f"{name}, seed {seed}"))
+            self.context.show(Progress("strategies", done, len(jobs) + 1, f"{name}, seed {seed}"))
             home = fsio.make_folder(folder / f"{name}-{seed}")
             population = Population(home, field.states.__getitem__, field.base.name)
             own = f"{key} {plan.evaluations}"
@@ -229,13 +229,16 @@ class EvoMergePhase(PhaseController):
             )
             search = evolution.run()
             best = search.champion
-            marks = judges.score([Candidate(save(evolution.weights(best)), best.recipe.traits, "report")])[0]
-            found.setdefault(name, []).append(marks)
-            report = parts(marks, self.config.fitness, field.task.reference)["composite"]
+            champions.append(Candidate(save(evolution.weights(best)), best.recipe.traits, "report"))
             record = {"strategy": name, "seed": seed, "evaluations": search.evaluations, "curve": search.curve}
-            runs.append({**record, "select": best.fitness, "report": report})
+            runs.append({**record, "select": best.fitness})
             population.keep([], {})
-        self.context.show(Progress("strategies", len(jobs), len(jobs), f"{plan.evaluations} candidates each"))
+        self.context.show(Progress("strategies", len(jobs), len(jobs) + 1, "their champions on the report split"))
+        found: dict[str, list[Marks]] = {}
+        for run, marks in zip(runs, judges.score(champions)):  # all at once: every worker has something to do
+            found.setdefault(run["strategy"], []).append(marks)
+            run["report"] = parts(marks, self.config.fitness, field.task.reference)["composite"]
+        self.context.show(Progress("strategies", 1, 1, f"{plan.evaluations} candidates each"))
         fsio.remove_tree(folder)
         return runs, found
 
