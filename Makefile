@@ -1,4 +1,4 @@
-# Agent Forge. `make demo` makes three models and talks to one; `make test` passes the tests.
+# Agent Forge. `make demo` makes three models, merges them and talks to the result; `make test` passes the tests.
 # The first Python that really runs and is new enough (a version manager's stub may be on the path and not run);
 # else plain python3, which scripts/bootstrap.py then refuses in one line.
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \

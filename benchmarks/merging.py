@@ -357,9 +357,10 @@ def _notes(version: str, rounds: int) -> list[str]:
         "input for the receipt and forces the result to the disk, mergekit does neither; `not hashing` is ours with "
         "`--no-verify`.",
         f"Largest absolute difference between the results and how many of the values differ by more than {SMALL:g}; "
-        "DARE with nothing dropped, since its draws differ. In bfloat16 mergekit computes in bfloat16, ours in "
-        "float32: there the gap is rounding. TIES: where magnitudes tie at the threshold ours keeps all of them, "
-        "mergekit those that its sort happens to put first.",
+        "DARE with nothing dropped, since its draws differ. TIES differs by definition in two places: of magnitudes "
+        "that tie at the threshold ours keeps all, mergekit those that its sort puts first; where masses cancel "
+        "exactly ours elects no sign (the paper's), mergekit the positive one. In bfloat16 both are common, and "
+        "mergekit computes task vectors in bfloat16, ours in float32; linear and SLERP differ by the last rounding.",
     ]
 
 
