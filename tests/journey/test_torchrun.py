@@ -51,7 +51,7 @@ def test_two_processes_make_one_session_and_say_it_once(pair):
     with closing(sqlite3.connect(pair / "storage" / "registry" / "model_registry.db")) as connection:
         rows = connection.execute("SELECT session_id, status, progress_percent FROM sessions").fetchall()
         models = connection.execute("SELECT count(*) FROM models").fetchone()[0]
-    assert rows == [(run["session_id"], "completed", 100.0)] and models == 4
+    assert rows == [(run["session_id"], "completed", 100.0)] and models == 5
     folder = pair / "storage" / "sessions" / run["session_id"]
     starts = [e for e in map(json.loads, (folder / "events.jsonl").open()) if e["kind"] == "session_started"]
     assert len(starts) == 1
