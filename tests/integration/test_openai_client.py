@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from agent_forge.serve.app import ServeConfig, running_server
 from forgekit.data.tokenizer import train_tokenizer
@@ -20,13 +19,7 @@ HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 SEEDED = {"temperature": 1.0, "seed": 11, "max_tokens": 12}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent_forge.pipeline.card import USE
 from forgekit.train.config import TrainConfig
 
 
@@ -30,17 +31,7 @@ Made by Agent Forge, phase 1 (Cognate): {role}.
 
 {sources}
 
-## Use
-
-```bash
-agent-forge chat PATH_TO_THIS_FOLDER "sort 40213"
-```
-
-```python
-import forgekit
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
-```
+{USE}
 
 Evidence is in the session's report (`agent-forge report`), not on this card.
 """

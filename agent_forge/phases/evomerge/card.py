@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent_forge.pipeline.card import USE
+
 
 def card(recipe: str, parents: list[str], table: dict[str, Any], kept: dict[str, Any], search: dict[str, Any]) -> str:
     """Markdown for ``README.md`` in the artifact folder; every number is of this run."""
@@ -38,17 +40,7 @@ The select split chose the champion, the report split did not: the difference is
 |---|---|---|---|
 {kept_rows}
 
-## Use
-
-```bash
-agent-forge chat PATH_TO_THIS_FOLDER "sort 40213"
-```
-
-```python
-import forgekit
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
-```
+{USE}
 
 Evidence with intervals is in `evidence.json` and in the session's report (`agent-forge report`).
 """
