@@ -33,7 +33,7 @@ from forgekit.data.tokenizer import END, PAD, load_tokenizer
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.config import FAMILIES, MODEL_CONFIGS
 from forgekit.store.artifact import EVIDENCE, MANIFEST, Artifact
-from forgekit.store.fsio import disk_errors, fsync_dir, make_folder, remove_tree, sync_file, temporary_for
+from forgekit.store.fsio import write_folder
 from forgekit.store.names import utc_text
 from forgekit.version import __version__
 
@@ -123,7 +123,7 @@ def export_hf(plan: ExportPlan, show: Show | None = None) -> dict[str, Any]:
         else:
             _fill_theirs(job, work)
 
-    _publish(plan.output, fill, job.bytes)
+    write_folder(plan.output, fill, job.bytes)
     files = {path.name: path.stat().st_size for path in sorted(plan.output.iterdir())}
     return {
         "format": "hf",
@@ -321,21 +321,3 @@ def _copy(path: Path, work: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _publish(output: Path, fill: Callable[[Path], None], size: int) -> None:
-    """A folder, complete or absent."""
-    make_folder(output.parent)
-    work = temporary_for(output)
-    with disk_errors(output.parent, need=size):
-        work.mkdir()
-        try:
-            fill(work)
-            for path in sorted(work.iterdir()):
-                sync_file(path)
-            fsync_dir(work)
-            os.rename(work, output)
-        except BaseException:
-            remove_tree(work)
-            raise
-        fsync_dir(output.parent)

@@ -37,7 +37,7 @@ from forgekit.compute.disk import readable, require_free
 from forgekit.config import Config
 from forgekit.errors import ArtifactError
 from forgekit.store.artifact import MANIFEST, Artifact, ArtifactExtras, write_artifact
-from forgekit.store.fsio import disk_errors, fsync_dir, make_folder, remove_tree, sync_file, temporary_for
+from forgekit.store.fsio import write_folder
 from forgekit.store.names import utc_text
 
 if TYPE_CHECKING:
@@ -344,7 +344,12 @@ def merge_folders(plan: MergePlan, parents_of: Lookup | None = None, show: Show 
         receipt["model_id"] = manifest.model_id
         write_artifact(plan.output, fill, manifest, ArtifactExtras(readme=card(receipt)))
     else:
-        _write_folder(plan.output, fill, card(receipt), job.bytes)
+
+        def fill_with_card(folder: Path) -> None:
+            fill(folder)
+            (folder / CARD).write_text(card(receipt), encoding="utf-8")
+
+        write_folder(plan.output, fill_with_card, job.bytes)
     return {**receipt, "output": str(plan.output), "seconds": time.perf_counter() - began}
 
 
@@ -396,25 +401,6 @@ def _run_all(work: Callable[[Entry], None], job: Job) -> None:
         for future in futures:
             if future.done() and not future.cancelled():
                 future.result()
-
-
-def _write_folder(output: Path, fill: Callable[[Path], None], readme: str, size: int) -> None:
-    """A plain model folder, complete or absent."""
-    make_folder(output.parent)
-    work = temporary_for(output)
-    with disk_errors(output.parent, need=size):
-        work.mkdir()
-        try:
-            fill(work)
-            (work / CARD).write_text(readme, encoding="utf-8")
-            for path in sorted(work.iterdir()):
-                sync_file(path)
-            fsync_dir(work)
-            os.rename(work, output)
-        except BaseException:
-            remove_tree(work)
-            raise
-        fsync_dir(output.parent)
 
 
 def _output_config(job: Job) -> dict[str, Any]:

@@ -310,7 +310,7 @@ class CMAStrategy(Strategy):
         start = 1 / len(space.originals) if settings.start is None else settings.start
         if not space.low <= start <= space.high:
             what = f"{start:g} is outside the merge weights' range {space.low:g} to {space.high:g}"
-            raise ConfigError(what, where="start", remedy="choose a value inside, or widen the range")
+            raise ConfigError(what, where="start", remedy="choose a value inside")
         self._weights = len(space.originals) * len(space.slots)
         dimensions = self._weights + (len(space.traits) if len(space.traits) > 1 else 0)
         self.population = settings.population or default_population(dimensions)

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,6 +153,33 @@ def temporary_for(path: Path) -> Path:
     pid, started = own_process()
     name = _UNFINISHED.sub("", path.name).removeprefix(".")  # claiming a temporary must not lengthen its name
     return path.with_name(f".{name}.{pid}-{int(started)}-{secrets.token_hex(4)}.unfinished")
+
+
+def write_folder(output: Path, fill: Callable[[Path], None], need: int = 0) -> None:
+    """Make a folder of plain files that is complete or absent: filled under a temporary name, then renamed.
+
+    Args:
+        output: the folder; nothing may be there.
+        fill: writes the files into the folder it is given.
+        need: bytes, for the message of a full disk.
+
+    Raises:
+        ResourceError: disk full, or no permission.
+    """
+    make_folder(output.parent)
+    work = temporary_for(output)
+    with disk_errors(output.parent, need=need):
+        work.mkdir()
+        try:
+            fill(work)
+            for path in sorted(work.iterdir()):
+                sync_file(path)
+            fsync_dir(work)
+            os.rename(work, output)
+        except BaseException:
+            remove_tree(work)
+            raise
+        fsync_dir(output.parent)
 
 
 def set_aside(path: Path) -> Path | None:

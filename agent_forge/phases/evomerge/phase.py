@@ -62,6 +62,7 @@ class Field:
         states: their weights by name.
         task: what candidates are asked, and how.
         space: what may be combined.
+        problems: of the report split, by speciality, in the order of the exam.
     """
 
     parents: list[Parent]
@@ -70,6 +71,7 @@ class Field:
     states: Mapping[str, Mapping[str, Any]]
     task: Task
     space: Space
+    problems: Mapping[str, list[Problem]]
 
 
 class EvoMergePhase(PhaseController):
@@ -172,11 +174,11 @@ class EvoMergePhase(PhaseController):
         for note in notes:
             context.logger.event("data", note=note)
         mixes = {one.name: one.speciality for one in (*parents, base) if one.speciality}
-        exams = {}
+        exams, problems = {}, {}
         for split, amount in (("select", config.fitness), ("report", config.evaluation)):
-            problems = distinct_problems(mixes, amount.problems, split)
+            problems[split] = distinct_problems(mixes, amount.problems, split)
             windows = config.fitness.replace(windows=amount.windows)
-            exams[split] = Exam.make(tokenizer, problems, texts[split], windows)
+            exams[split] = Exam.make(tokenizer, problems[split], texts[split], windows)
         with one_thread():
             marks = sit(template, exams["select"])
         changes = differing_traits(configs, base.name)
@@ -189,7 +191,7 @@ class EvoMergePhase(PhaseController):
             traits=_representatives(changes, [parent.name for parent in parents]),
         )
         context.show(Progress("data", 1, 1, f"{exams['select'].items} items select, {exams['report'].items} report"))
-        return Field(parents, base, tokenizer, states, task, space)
+        return Field(parents, base, tokenizer, states, task, space, problems["report"])
 
     # The search
 
@@ -266,7 +268,7 @@ class EvoMergePhase(PhaseController):
         mixes = {one.name: one.speciality for one in (*field.parents, field.base) if one.speciality}
         finals = Finals(
             marks=found["report"],
-            problems=distinct_problems(mixes, config.evaluation.problems, "report"),
+            problems=field.problems,
             mixes=mixes,
             parents=parents,
             base=field.base.name,
