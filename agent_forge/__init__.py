@@ -12,6 +12,8 @@ _PUBLIC = {
     "PhaseResult": "agent_forge.pipeline.phase",
     "Profile": "agent_forge.profile",
     "load_profile": "agent_forge.profile",
+    "bake_prompt": "agent_forge.prompt_baking",
+    "PromptBakingConfig": "agent_forge.prompt_baking",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -21,6 +21,7 @@ Positive = Annotated[int, Field(gt=0)]
 PHASE_CONFIGS = Registry("phase settings")
 PHASE_CONFIGS.lazy("cognate", "agent_forge.phases.cognate.config:CognateConfig")
 PHASE_CONFIGS.lazy("evomerge", "agent_forge.phases.evomerge.config:EvoMergeConfig")
+PHASE_CONFIGS.lazy("quietstar", "agent_forge.phases.quietstar.config:QuietStarConfig")
 
 
 class ModelPlan(Config):

@@ -15,7 +15,9 @@ ALL = (
     "cognate_ablation",
     "cognate_targets",
     "evomerge",
+    "quietstar",
     "merging",
+    "baking",
     "serving",
 )
 

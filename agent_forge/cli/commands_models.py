@@ -34,7 +34,7 @@ def models(
     if as_json:
         print_json(rows)
     elif not rows:
-        say("no models yet; make some with: agent-forge run --until evomerge")
+        say("no models yet; make some with: agent-forge run --until quietstar")
     else:
         cells = [
             [r["model_id"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"][5:16].replace("T", " ")]

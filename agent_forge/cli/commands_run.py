@@ -181,7 +181,7 @@ def status(
     if as_json:
         print_json(rows)
     elif not rows:
-        say("no sessions yet; start one with: agent-forge run --until evomerge")
+        say("no sessions yet; start one with: agent-forge run --until quietstar")
     else:
         cells = [
             [

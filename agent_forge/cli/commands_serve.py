@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -123,6 +123,14 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="Longest answer where a request names none.")] = 512,
     max_rows: Annotated[int, typer.Option(help="Answers generated at the same time.")] = 32,
     time_limit: Annotated[float, typer.Option(help="Longest seconds for a request, waiting included.")] = 120.0,
+    think: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Think before a chat's answer where a request does not say; auto leaves it to the model."),
+    ] = "auto",
+    think_budget: Annotated[
+        int,
+        typer.Option(help="Longest thought in tokens where a request does not say; 0 is three quarters of its limit."),
+    ] = 0,
     log: Annotated[bool, typer.Option("--log", help="Write a line per request.")] = False,
 ) -> None:
     """Serve models by OpenAI's HTTP interface: /v1/models, /v1/completions, /v1/chat/completions."""
@@ -137,7 +145,7 @@ def serve(
         remedy = "clients name a model by its folder: rename one"
         raise ConfigError(f"two models are called {max(names, key=names.count)}", where="serve", remedy=remedy)
     values = {"host": host, "port": port, "max_tokens": max_tokens, "max_rows": max_rows, "time_limit": time_limit}
-    config = ServeConfig.build({**values, "log": log}, "serve")
+    config = ServeConfig.build({**values, "thinking": think, "thinking_budget": think_budget, "log": log}, "serve")
     run(
         dict(zip(names, folders)),
         config,

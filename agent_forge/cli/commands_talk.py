@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from agent_forge.cli.shared import print_json, say, storage_of
+from forgekit.data.tokenizer import THINKING
 
 HELP = "/reset forgets the conversation, /params shows or sets sampling (/params temperature=0.8), /quit leaves; \
 a line ending in \\ goes on"
+MARKER = re.compile("|".join(THINKING[2:]))
+"""What divides a thought into steps."""
 
 
 def attach(app: typer.Typer) -> None:
@@ -29,7 +33,15 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON (one-shot only).")] = False,
+    think: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Think before answering; auto leaves it to the model.")
+    ] = "auto",
+    think_budget: Annotated[
+        int, typer.Option(help="Longest thought in tokens; 0 is three quarters of --max-tokens.")
+    ] = 0,
+    hide_thoughts: Annotated[bool, typer.Option("--hide-thoughts", help="Print answers only.")] = False,
+    system: Annotated[str, typer.Option(help="A system message before every question.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print thought and answer as JSON (one-shot only).")] = False,
 ) -> None:
     """Talk to a model; with a text, answer it and leave."""
     from forgekit.infer.chat import Chat
@@ -38,22 +50,24 @@ def chat(
     from forgekit.models.io import read_model
 
     values = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    config = SamplingConfig.build(values, "chat")
+    config = SamplingConfig.build({**values, "thinking": think, "thinking_budget": think_budget}, "chat")
     folder, text = _model_and_text(storage_of(context), [words] if isinstance(words, str) else list(words or []))
-    talk = Chat(Engine(*read_model(folder)), config)
+    talk = Chat(Engine(*read_model(folder)), config, system=system)
     if text is not None:
-        pieces = list(_stream(talk, text, quiet=as_json))
+        _answer(talk, text, "nothing" if as_json else "answers" if hide_thoughts else "all")
         if as_json:
-            print_json({"model": str(folder), "question": text, "answer": "".join(pieces)})
+            said = {"thought": talk.session.last.thought, "answer": talk.session.last.text}
+            print_json({"model": str(folder), "question": text, **said})
         return
+    shown = "answers" if hide_thoughts else "all"
     if not sys.stdin.isatty():
         for line in _lines(prompt=""):
-            list(_stream(talk, line))
+            _answer(talk, line, shown)
         return
     say(f"[bold]{folder.name}[/]  {HELP}")
     for line in _lines(prompt="you> "):
         if not _command(talk, line):
-            list(_stream(talk, line))
+            _answer(talk, line, shown)
 
 
 def _model_and_text(storage, words: list[str]):
@@ -74,15 +88,44 @@ def _model_and_text(storage, words: list[str]):
         return storage.resolve("latest"), words[0]
 
 
-def _stream(talk, text: str, quiet: bool = False):
-    """Yield the answer's pieces, printing them as they come."""
-    for piece in talk.say(text):
-        if not quiet:
-            sys.stdout.write(piece)
+def _answer(talk, text: str, shown: Literal["all", "answers", "nothing"]) -> None:
+    """Ask, and print what is said as it comes: the answer on stdout, the thought before it on stderr."""
+    aside = _Aside(shown == "all")
+    for piece in talk.speak(text):
+        if piece.thought:
+            aside.write(piece.text)
+        elif shown != "nothing":
+            aside.end()
+            sys.stdout.write(piece.text)
             sys.stdout.flush()
-        yield piece
-    if not quiet:
+    aside.end()
+    if shown != "nothing":
         sys.stdout.write("\n")
+
+
+class _Aside:
+    """Prints a thought on stderr: dim on a terminal, every marker in it on a line of its own."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown, self.begun = shown, False
+        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+
+    def write(self, text: str) -> None:
+        """Add a piece."""
+        lines = MARKER.sub(r"\n\g<0> ", text)
+        self._print(lines if self.begun else lines.lstrip("\n"))
+
+    def end(self) -> None:
+        """End the last line, if there is one."""
+        if self.begun:
+            self._print("\n")
+            self.begun = False
+
+    def _print(self, text: str) -> None:
+        if self.shown:
+            self.begun = True
+            sys.stderr.write(f"{self.dim}{text}{self.plain}")
+            sys.stderr.flush()
 
 
 def _lines(prompt: str):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agent_forge.cli import (
+    commands_bake,
     commands_data,
     commands_handon,
     commands_house,
@@ -21,7 +22,7 @@ from agent_forge.cli import (
 
 app = typer.Typer(
     name="agent-forge",
-    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until evomerge",
+    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until quietstar",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,6 +38,7 @@ for module in (
     commands_talk,
     commands_serve,
     commands_handon,
+    commands_bake,
     commands_data,
     commands_house,
 ):

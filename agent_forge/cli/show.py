@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent_forge.cli.shared import say, table
+
+if TYPE_CHECKING:
+    from agent_forge.dashboard.tree import Estimate, Theater, Thinking
 
 MARKS = {"improved": "[green]+[/]", "no-difference": "[yellow]=[/]", "worse": "[red]-[/]", "no-signal": "[dim]?[/]"}
 LEGEND = "[green]+[/] improved   [yellow]=[/] no difference   [red]-[/] worse   [dim]?[/] no signal: not above chance"
 METRICS = {
     "exact_match": "share of exact answers",
     "nats_per_answer_token": "nats per answer token (lower is better)",
+    "nats_per_token": "validation nats per predicted token (lower is better)",
+    "valid_thoughts": "share of valid thoughts",
+    "skills_with_grace": "share of exact answers, 3 points of grace given",
     "bits_per_byte": "bits per byte of held-out text (lower is better)",
     "composite_fitness": "composite of text, answers, speed and memory",
     "steps_per_token": "recursion steps per answer token (lower is better)",
 }
+
+SMALL = ("nats_per_token",)
+"""Metrics whose changes are so small that three decimals are needed."""
+COLOURS = {"improved": "green", "no-difference": "yellow", "worse": "red", "no-signal": "dim"}
+EXAMPLES = 6
+"""Example thoughts that are printed; the report has them all."""
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -52,13 +64,15 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, Any]) -> None:
     """Every claim with its numbers and verdict, grouped by metric, then the tables."""
+    from agent_forge.dashboard.values import mapping, numbers
+
     for metric in dict.fromkeys(e["metric"] for e in records):
         group = [e for e in records if e["metric"] == metric]
         title = f"{name}: {METRICS.get(metric, metric)}, report split"
         columns = ["", "claim", "before>", "after>", "change, 95 %>", "chance>", "n>"]
         table(title, columns, [_evidence_row(e) for e in group])
     say(LEGEND)
-    levels = tables.get("levels", {})
+    levels = {model: numbers(found) for model, found in mapping(tables.get("levels")).items()}
     if levels:
         tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
         rows = [[t, *(_percent(levels[m].get(t)) for m in levels)] for t in tasks]
@@ -123,9 +137,104 @@ def _show_search(name: str, tables: dict[str, Any]) -> None:
         table(title, ["strategy", "select>", "report>", "range"], rows)
 
 
+def show_thinking(name: str, thinking: Thinking) -> None:
+    """What phase 3 measured: examples, the thoughts, the two steps; last, beside the gate, the controls, judged.
+
+    Args:
+        name: of the phase.
+        thinking: as :func:`agent_forge.dashboard.thoughts.thinking` reads it; prints nothing of what is not there.
+    """
+    from agent_forge.dashboard import thoughts_words as told
+
+    _show_examples(name, thinking)
+    columns = [told.STRATEGIES[0], *(f"{c}>" for c in told.STRATEGIES[1:])]
+    if thinking.strategies:
+        table(f"{name}: thoughts by strategy", columns, told.strategy_rows(thinking))
+    totals = told.totals_line(thinking)
+    lines = [("thoughts", [totals]), ("step 1", [told.first_step(thinking)]), ("step 2", told.second_step(thinking))]
+    for label, found in lines:
+        for line in filter(None, found):
+            _plain(f"{label}: {line}")
+    if thinking.conditions:
+        counts = " to ".join(f"{n:,}" for n in sorted({one.n for one in thinking.conditions if one.n is not None}))
+        columns = ["condition", "right, %>", "95 %!", "gain lost, %>", "95 %!", "what was done"]
+        rows = [[one.name, *_shares(one.accuracy), *_shares(one.lost), one.meaning] for one in thinking.conditions]
+        table(f"{name}: do the thoughts carry the answers? {counts and f'{counts} questions'}", columns, rows)
+    if thinking.theater is not None:
+        _show_theater(thinking.theater)
+
+
+def _shares(found: Estimate | None) -> tuple[str, str]:
+    """A share in per cent, and the ends of its interval."""
+    if found is None or found.value is None:
+        return "-", ""
+    ends = [f"{100 * end:.1f}" for end in (found.low, found.high) if end is not None]
+    return f"{100 * found.value:.1f}", " to ".join(ends)
+
+
+def _show_theater(theater: Theater) -> None:
+    """The judgement, and every requirement with its mark."""
+    from agent_forge.dashboard import thoughts_words as told
+
+    kind, _, said = told.judgement(theater)
+    _plain(said, COLOURS[kind])
+    for reason in theater.reasons:
+        met, what = told.requirement(reason)
+        kind, mark, word = told.STATES[met]
+        _plain(f"  {mark} {word}: {what}", "" if met else COLOURS[kind])
+    for label, shown, about in told.measures(theater):
+        _plain(f"  {label} {shown}: {about}")
+
+
+def _show_examples(name: str, thinking: Thinking) -> None:
+    """A few thoughts, right and wrong ones, each apart from its answer."""
+    from agent_forge.dashboard import thoughts_words as told
+
+    rows = []
+    for one in thinking.examples[:EXAMPLES]:
+        state = "\n".join((_right(one.right, one.expected), *map(_quiet, told.remarks(one))))
+        rows.append([one.strategy.replace("_", " "), _short(one.asked), _thought(one.thought), one.answered, state])
+    if rows:
+        left = len(thinking.examples) - len(rows)
+        more = f" ({len(rows)} of {len(thinking.examples)}, all of them in the report)" if left else ""
+        table(f"{name}: example thoughts{more}", ["strategy", "asked", "thought", "answered", ""], rows)
+
+
+def _right(right: bool | None, expected: str) -> str:
+    """Whether an answer is right, for a cell."""
+    marks = {True: "[green]right[/]", None: "[dim]not marked[/]"}
+    return marks.get(right, f"[red]wrong[/], it is {_quiet(expected)}")
+
+
+def _thought(thought: str) -> str:
+    """A thought for a cell: dim, a line per marker."""
+    from agent_forge.dashboard.thoughts_words import thought_lines
+
+    lines = "\n".join(thought_lines(thought))
+    return f"[dim]{_quiet(lines)}[/]" if lines else ""
+
+
+def _quiet(text: str) -> str:
+    """Text inside markup as it is."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _plain(text: str, style: str = "") -> None:
+    """A line of text as it is, whatever brackets it has."""
+    say(_quiet(text), style)
+
+
+def _short(question: str) -> str:
+    """A question with its middle left out where it is long."""
+    return question if len(question) < 90 else f"{question[:60]} ... {question[-22:]}"
+
+
 def _evidence_row(e: dict[str, Any]) -> list[str]:
-    interval = f"{e['ci95'][0]:+.2f} {e['ci95'][1]:+.2f}" if e["ci95"] else "-"
-    before, after = ("-" if e[k] is None else f"{e[k]:.2f}" for k in ("before", "after"))
+    places = 3 if e["metric"] in SMALL else 2
+    interval = f"{e['ci95'][0]:+.{places}f} {e['ci95'][1]:+.{places}f}" if e["ci95"] else "-"
+    before, after = ("-" if e[k] is None else f"{e[k]:.{places}f}" for k in ("before", "after"))
     chance = "-" if e["chance"] is None else f"{e['chance']:.2f}"
     return [MARKS[e["verdict"]], e["claim"].replace("_", " "), before, after, interval, chance, str(e["n"])]
 
@@ -136,26 +245,34 @@ def _percent(value: float | None) -> str:
 
 def show_results(forge, results: dict) -> None:
     """After a run: evidence, gate, a conversation, and what to do next."""
+    from agent_forge.dashboard.thoughts import thinking
+    from agent_forge.dashboard.values import listing, mapping, text
+
     for name, result in results.items():
         show_evidence(name, [e.model_dump() for e in result.evidence], result.metrics)
-        decision = result.artifacts.get("gate")
+        show_thinking(name, thinking(result.metrics, result.artifacts))
+        decision = mapping(result.artifacts.get("gate"))
         if decision:
-            word = "[green]passed[/]" if decision["passed"] else "[red]said no[/]"
+            word = "[green]passed[/]" if decision.get("passed") is True else "[red]said no[/]"
             say(f"gate {name}: {word}")
-            for reason in decision["reasons"]:
+            for reason in map(text, listing(decision.get("reasons"))):
                 if reason.startswith("no"):
-                    say(f"  {reason}", "red")
+                    _plain(f"  {reason}", "red")
         say(f"{name}: {result.duration_seconds:.0f} s")
     _conversation(results)
     say(f"next: agent-forge report {forge.session_id[:8]}        agent-forge chat        agent-forge serve latest")
 
 
 def _conversation(results: dict) -> None:
-    """What the last phase's models were asked and answered."""
+    """What the last phase's models were asked, thought and answered."""
+    from agent_forge.dashboard.thoughts import conversation
+
+    said = conversation(list(results.values())[-1].artifacts.get("conversation")) or ()
+    thought = any(line.thought for line in said)
     rows = []
-    for line in list(results.values())[-1].artifacts.get("conversation", []):
-        mark = "[green]right[/]" if line["right"] else f"[red]wrong[/], it is {line['expected']}"
-        asked = line["asked"] if len(line["asked"]) < 90 else f"{line['asked'][:60]} ... {line['asked'][-22:]}"
-        rows.append([line["model"], asked, line["answered"], mark])
+    for line in said:
+        own = [_thought(line.thought)] if thought else []
+        rows.append([line.model, _short(line.asked), *own, line.answered, _right(line.right, line.expected)])
     if rows:
-        table("a short conversation", ["model", "asked", "answered", ""], rows)
+        columns = ["model", "asked", *(["thought"] if thought else []), "answered", ""]
+        table("a short conversation", columns, rows)

@@ -16,6 +16,8 @@ from agent_forge.dashboard.tree import Model, Points
 SERIES = 6
 """Lines with looks of their own; further ones repeat them."""
 LEFT, RIGHT = 11.0, 97.0
+LONG = 130
+"""Characters of a question that are shown at once."""
 TOP, BOTTOM, HEIGHT = 10, 190, 228
 
 
@@ -114,6 +116,14 @@ def row(name: str, cells: Sequence[str], kind: str = "n") -> str:
     return f"<th scope=row>{escape(name)}</th>{shown}"
 
 
+def shortened(question: str) -> str:
+    """A question as HTML; a long one with its middle left out, and the whole of it to unfold."""
+    if len(question) <= LONG:
+        return escape(question)
+    short = escape(f"{question[: LONG - 60]} … {question[-50:]}")
+    return f"{short}<details><summary>the whole question</summary>{escape(question)}</details>"
+
+
 def svg(body: str, title: str, height: int, kind: str = "") -> str:
     """An SVG that is as wide as its place, named for those who do not see it."""
     return (
@@ -191,6 +201,22 @@ def interval_mark(axis: Axis, change: float, ends: tuple[float, float], verdict:
         f'<line x1="{low}" x2="{low}" y1="8" y2="18"/><line x1="{high}" x2="{high}" y1="8" y2="18"/>'
         f'<circle cx="{at}" cy="13" r="4.5"/></g>'
     )
+    return svg(body, told, 26, "forest-row")
+
+
+def level_mark(
+    axis: Axis, value: float, ends: tuple[float, float] | None, told: str, kind: str = "s0", rule: float | None = None
+) -> str:
+    """One row of bars from zero: the value as a bar, its interval as a line across the end, ``rule`` as a rule."""
+    zero, at = _inset(axis, 0.0), _inset(axis, value)
+    body = f'<rect class="fill {kind}" x="{zero:.2f}%" width="{max(0.0, at - zero):.2f}%" y="6" height="14" rx="2"/>'
+    if rule is not None:
+        place = f"{_inset(axis, rule):.2f}%"
+        body += f'<line class=zero x1="{place}" x2="{place}" y1="0" y2="26"/>'
+    if ends is not None:
+        low, high = (f"{_inset(axis, end):.2f}%" for end in ends)
+        body += f'<g class=span><line x1="{low}" x2="{high}" y1="13" y2="13"/>'
+        body += "".join(f'<line x1="{end}" x2="{end}" y1="8" y2="18"/>' for end in (low, high)) + "</g>"
     return svg(body, told, 26, "forest-row")
 
 

@@ -7,14 +7,15 @@ reported all the same.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent_forge.dashboard.tree import Answer, Curve, Gate, Merge, Model, PhaseReport, SessionReport, Strategy
+from agent_forge.dashboard.thoughts import conversation, thinking
+from agent_forge.dashboard.tree import Curve, Gate, Merge, Model, PhaseReport, SessionReport, Strategy
+from agent_forge.dashboard.values import listing, mapping, number, numbers, text
 from forgekit.errors import ArtifactError, ConfigError, DataError
 from forgekit.measure.evidence import Evidence
 from forgekit.store.artifact import MANIFEST, Artifact
@@ -78,35 +79,6 @@ def collect(storage: ModelStorage, session_id: str) -> SessionReport:
         handoffs=tuple(storage.registry.get_handoffs(session_id)),
         notes=tuple(notes),
     )
-
-
-# Values of the wrong kind are taken as absent: a damaged record must not spoil the rest of the page.
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """``value`` if it is a dict, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def listing(value: Any) -> list[Any]:
-    """``value`` if it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None; true and false are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def text(value: Any) -> str:
-    """A string as it is, nothing for None, anything else as JSON."""
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    return {key: n for key, v in mapping(value).items() if (n := number(v)) is not None}
 
 
 def _with(phase: PhaseReport, **changes: Any) -> PhaseReport:
@@ -231,10 +203,11 @@ def _phase(
         tokens={text(e["data"].get("name")): n for e in events if e["kind"] == "trained" and (n := _tokens(e))},
         data=tuple(d for d in listing(artifacts.get("data")) if isinstance(d, dict)),
         data_notes=tuple(dict.fromkeys(text(e["data"].get("note")) for e in events if e["kind"] == "data")),
-        levels={model: found for model, v in mapping(metrics.get("levels")).items() if (found := _numbers(v))},
-        halting={model: found for model, v in mapping(metrics.get("act_histogram")).items() if (found := _numbers(v))},
-        conversation=_conversation(artifacts.get("conversation")),
+        levels={model: found for model, v in mapping(metrics.get("levels")).items() if (found := numbers(v))},
+        halting={model: found for model, v in mapping(metrics.get("act_histogram")).items() if (found := numbers(v))},
+        conversation=conversation(artifacts.get("conversation")),
         merge=_merge(result, metrics, artifacts, events),
+        thinking=thinking(metrics, artifacts),
     )
 
 
@@ -308,33 +281,18 @@ def _of_model(metric: str, names: tuple[str, ...]) -> str:
     return names[place - 1] if 0 < place <= len(names) and names[place - 1] else f"model {place}"
 
 
-def _conversation(records: Any) -> tuple[Answer, ...] | None:
-    """None where the phase left no conversation at all."""
-    if not isinstance(records, list):
-        return None
-    rows = [mapping(r) for r in records]
-    return tuple(
-        Answer(
-            *(text(r.get(k)) for k in ("model", "asked", "answered", "expected")),
-            right=r["right"] if isinstance(r.get("right"), bool) else None,
-        )
-        for r in rows
-        if r
-    )
-
-
 def _merge(result: dict[str, Any], metrics: dict, artifacts: dict, events: list[Event]) -> Merge:
     table = {
-        model: {split: _numbers(parts) for split, parts in mapping(splits).items()}
+        model: {split: numbers(parts) for split, parts in mapping(splits).items()}
         for model, splits in mapping(metrics.get("fitness_table")).items()
     }
-    rows = [_numbers(row) for row in listing(metrics.get("fitness_history"))]
+    rows = [numbers(row) for row in listing(metrics.get("fitness_history"))]
     history = [row for row in rows if "generation" in row]
     return Merge(
         history=tuple(history) or _logged_history(events),
         floor=_diversity_floor(mapping(result.get("config"))),
         table=table,
-        gains=_numbers(metrics.get("gains")),
+        gains=numbers(metrics.get("gains")),
         strategies=tuple(_strategy(mapping(s)) for s in listing(metrics.get("strategies")) if isinstance(s, dict)),
         kept={name: _kept(mapping(found)) for name, found in mapping(metrics.get("kept")).items()},
         kept_within=number(mapping(result.get("config")).get("kept_within")),
@@ -347,7 +305,7 @@ def _merge(result: dict[str, Any], metrics: dict, artifacts: dict, events: list[
 def _kept(found: dict[str, Any]) -> dict[str, float]:
     """The numbers, and ``kept`` as 1 or 0."""
     kept = {"kept": int(found["kept"])} if isinstance(found.get("kept"), bool) else {}
-    return {**_numbers(found), **kept}
+    return {**numbers(found), **kept}
 
 
 def _logged_history(events: list[Event]) -> tuple[dict[str, float], ...]:
@@ -359,9 +317,9 @@ def _logged_history(events: list[Event]) -> tuple[dict[str, float], ...]:
     for event in events:
         data = event["data"]
         if event["kind"] == "generation":
-            step, own = number(data.get("generation")), _numbers(data)
+            step, own = number(data.get("generation")), numbers(data)
         elif event["kind"] == "metrics":
-            parts = {tuple(k.split("/", 1)): v for k, v in _numbers(data.get("values")).items() if "/" in k}
+            parts = {tuple(k.split("/", 1)): v for k, v in numbers(data.get("values")).items() if "/" in k}
             own = {name: v for (group, name), v in parts.items() if re.fullmatch(r"generation(_\d+)?", group)}
             step = number(data.get("step"))
         else:

@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 
-from agent_forge.dashboard import words
+from agent_forge.dashboard import thoughts_words, words
 from agent_forge.dashboard.page import drawn_models, handed_on
 from agent_forge.dashboard.phase_section import fitness_cells, fitness_columns, strategies_by_name, strategy_rows
-from agent_forge.dashboard.tree import Merge, PhaseReport, SessionReport
+from agent_forge.dashboard.tree import Answer, Example, Merge, PhaseReport, SessionReport, Theater, Thinking
 from forgekit.measure.evidence import Evidence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|~])")
@@ -68,13 +68,14 @@ def _glance(report: SessionReport) -> str:
 def _phase(phase: PhaseReport) -> list[str]:
     about = f"{words.ABOUT.get(phase.name, '')} {words.STATES[phase.state]} {words.what(phase)}"
     parts = [f"## Phase {phase.number}: {phase.name}", safe(about.strip()), safe(phase.error)]
-    if phase.losses:
+    if phase.losses and not phase.thinking.one.losses:
         rows = [
             (words.plain(c.name), f"{c.points[-1][0]:,.0f}", *(words.digits(c.points[i][1]) for i in (0, -1)))
             for c in phase.losses
         ]
         parts += ["### Training loss", table(("model", "last step", "first logged", "last logged"), rows)]
     parts += _search(phase.merge)
+    parts += _thinking(phase.thinking)
     parts.append("### Evidence")
     for metric in dict.fromkeys(item.metric for item in phase.evidence):
         columns = ("claim", "verdict", "before → after", "change, 95 % interval", "chance", "items")
@@ -126,6 +127,61 @@ def _search(merge: Merge) -> list[str]:
     return parts
 
 
+def _thinking(thinking: Thinking) -> list[str]:
+    """What phase 3 measured of its thoughts."""
+    parts = []
+    if thinking.conditions:
+        parts += ["### Do the thoughts carry the answers?", thoughts_words.CONTROLS_ABOUT]
+        parts.append(table(thoughts_words.CONTROLS, thoughts_words.control_rows(thinking)))
+    if thinking.theater is not None:
+        parts += _judged(thinking.theater)
+    if thinking.examples:
+        parts += ["### Example thoughts", thoughts_words.EXAMPLES_ABOUT]
+        columns = ("strategy", "asked", "thought", "answered", "", "note")
+        parts.append(table(columns, [_example(one) for one in thinking.examples], raw=True))
+    measured = []
+    for columns, rows in (
+        (("thoughts", ""), thoughts_words.totals(thinking)),
+        (thoughts_words.STRATEGIES, thoughts_words.strategy_rows(thinking)),
+        (thoughts_words.FAMILIES, thoughts_words.family_rows(thinking)),
+    ):
+        measured += [table(columns, rows)] if rows else []
+    if measured:
+        parts += ["### What the thoughts are like", thoughts_words.THOUGHTS_ABOUT, *measured]
+    steps = [("1: learning to think from written thoughts", [thoughts_words.first_step(thinking)])]
+    for name, lines in (*steps, ("2: Quiet-STaR", thoughts_words.second_step(thinking))):
+        if any(lines):
+            parts += [f"### Step {name}", *map(safe, lines)]
+    return parts
+
+
+def _judged(theater: Theater) -> list[str]:
+    """The judgement with every requirement, and the measures beside the controls."""
+    found = [thoughts_words.requirement(reason) for reason in theater.reasons]
+    lines = [f"{thoughts_words.STATES[met][2]}: {said}" for met, said in found]
+    rows = thoughts_words.measures(theater)
+    measured = table(("measure", "value (95 %)", "what it is"), rows) if rows else ""
+    return [f"**{safe(thoughts_words.judgement(theater)[2])}**", items(lines), measured]
+
+
+def _example(one: Example) -> tuple[str, ...]:
+    """The cells of an example, as Markdown."""
+    state = _state(one.right, one.expected)
+    said = code(one.answered) if one.answered else "(an empty answer)"
+    note = safe("; ".join(thoughts_words.remarks(one)))
+    return safe(words.plain(one.strategy)), code(one.asked), _thought(one.thought), said, state, note
+
+
+def _state(right: bool | None, expected: str) -> str:
+    return f"wrong, expected {code(expected)}" if right is False else thoughts_words.ANSWERS[right][2]
+
+
+def _thought(thought: str) -> str:
+    """A thought in one line, its parts joined by arrows."""
+    lines = thoughts_words.thought_lines(thought)
+    return code(" → ".join(lines)) if lines else ""
+
+
 def _lineage(report: SessionReport) -> str:
     drawn, left = drawn_models(report)
     if not drawn:
@@ -150,13 +206,18 @@ def _talk(report: SessionReport) -> list[str]:
     parts = []
     for phase in report.phases:
         if phase.conversation:
-            rows = [
-                (safe(words.plain(a.model)), code(a.asked), code(a.answered) if a.answered else "(an empty answer)",
-                 {True: "right", False: f"wrong, expected {code(a.expected)}", None: "not marked"}[a.right])
-                for a in phase.conversation
-            ]  # fmt: skip
-            parts += [f"### After phase {phase.number}", table(("model", "asked", "answered", ""), rows, raw=True)]
+            thought = any(a.thought for a in phase.conversation)
+            columns = ("model", "asked", *(["thought"] if thought else []), "answered", "")
+            rows = [_answer(a, thought) for a in phase.conversation]
+            parts += [f"### After phase {phase.number}", table(columns, rows, raw=True)]
     return parts or ["No conversation was recorded. Talk to a model yourself: `agent-forge chat`"]
+
+
+def _answer(a: Answer, thought: bool) -> tuple[str, ...]:
+    """The cells of an answer, as Markdown; ``thought``: the table has a column for thoughts."""
+    said = code(a.answered) if a.answered else "(an empty answer)"
+    own = (_thought(a.thought),) if thought else ()
+    return (safe(words.plain(a.model)), code(a.asked), *own, said, _state(a.right, a.expected))
 
 
 def _refused(report: SessionReport) -> list[str]:

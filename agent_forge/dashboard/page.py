@@ -11,10 +11,9 @@ from html import escape
 from agent_forge.dashboard import charts, words
 from agent_forge.dashboard.phase_section import phase_section
 from agent_forge.dashboard.style import CSS
+from agent_forge.dashboard.thoughts_section import thought_block
+from agent_forge.dashboard.thoughts_words import ANSWERS, judgement
 from agent_forge.dashboard.tree import Answer, Model, PhaseReport, SessionReport
-
-LONG = 130
-"""Characters of a question that are shown at once."""
 
 
 def html_page(report: SessionReport) -> str:
@@ -87,7 +86,9 @@ def _gate(phase: PhaseReport) -> str:
     mark = "+" if gate.passed else "−"
     state = f'<span class="verdict {kind}"><i aria-hidden=true>{mark}</i>{escape(words.gate_line(gate))}</span>'
     lacking = "".join(f"<li>{escape(line)}</li>" for line in words.refusals(phase))
-    return f"<li>{head} {state}{f'<ul>{lacking}</ul>' if lacking else ''}</li>"
+    theater = phase.thinking.theater
+    judged = f"<p class=soft>{escape(judgement(theater)[2])}</p>" if theater else ""
+    return f"<li>{head} {state}{f'<ul>{lacking}</ul>' if lacking else ''}{judged}</li>"
 
 
 def _lineage(report: SessionReport) -> str:
@@ -164,14 +165,7 @@ def _talk(report: SessionReport) -> str:
 
 
 def _answer(answer: Answer) -> str:
-    kind, word = {True: ("improved", "right"), False: ("worse", "wrong"), None: ("no-signal", "not marked")}[
-        answer.right
-    ]
-    mark = {True: "✓", False: "✗", None: "?"}[answer.right]
-    asked = escape(answer.asked)
-    if len(answer.asked) > LONG:
-        short = escape(f"{answer.asked[: LONG - 60]} … {answer.asked[-50:]}")
-        asked = f"{short}<details><summary>the whole question</summary>{asked}</details>"
+    kind, mark, word = ANSWERS[answer.right]
     expected = ""
     if answer.right is False:
         expected = f"<small>expected: {escape(answer.expected) or 'nothing'}</small>"
@@ -179,7 +173,8 @@ def _answer(answer: Answer) -> str:
     return (
         f"<li><p class=who><span>{escape(words.plain(answer.model))}</span>"
         f'<span class="verdict {kind}"><i aria-hidden=true>{mark}</i>{word}</span></p>'
-        f"<div class='bubble asked'><small>asked</small>{asked}</div>"
+        f"<div class='bubble asked'><small>asked</small>{charts.shortened(answer.asked)}</div>"
+        f"{thought_block(answer.thought)}"
         f'<div class="bubble said {kind}"><small>answered</small>{said}{expected}</div></li>'
     )
 

@@ -7,6 +7,7 @@ from html import escape
 
 from agent_forge.dashboard import charts, words
 from agent_forge.dashboard.charts import Axis, Line
+from agent_forge.dashboard.thoughts_section import thinking_section
 from agent_forge.dashboard.tree import Curve, Merge, PhaseReport, Strategy
 from forgekit.measure.evidence import Evidence
 
@@ -29,8 +30,9 @@ def phase_section(phase: PhaseReport) -> str:
         f"<h2><small>Phase {phase.number}</small>{escape(phase.name.capitalize())}</h2>",
         f"<p>{escape(about)}</p>",
         f"<p class=notice>{escape(phase.error)}</p>" if phase.error else "",
-        _training(phase.losses),
+        _training(phase),
         _search(phase.merge),
+        thinking_section(phase.thinking),
         evidence_tables(phase),
         levels_table(phase),
         _halting(phase.halting),
@@ -44,12 +46,14 @@ def heading(name: str, about: str = "") -> str:
     return f"<h3>{escape(name)}</h3>" + (f"<p class=soft>{escape(about)}</p>" if about else "")
 
 
-def _training(losses: Sequence[Curve]) -> str:
+def _training(phase: PhaseReport) -> str:
     """The trunk beside what was branched from it: their losses are of different data, so they share no axis."""
-    if not losses:
+    losses = phase.losses
+    if not losses or phase.thinking.one.losses:  # drawn with the step they belong to
         return ""
     groups = [[c for c in losses if c.name == "trunk"], [c for c in losses if c.name != "trunk"]]
     titles = ("Trunk: training loss", "Branched models: training loss")
+    titles = titles if phase.name == "cognate" else (titles[0], "Training loss")
     drawn = [_loss_chart(title, group) for title, group in zip(titles, groups) if group]
     about = (
         "Nats per token on the batch of each logged step. The models learn different data: compare shapes, not heights."

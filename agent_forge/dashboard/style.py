@@ -136,6 +136,25 @@ svg text { fill: var(--soft); font-size: 11.5px; font-family: inherit; }
 .bubble { border-radius: 10px; padding: 8px 12px; margin: 0 0 8px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .asked { background: var(--track); margin-right: 2em; } .said { background: var(--tint); margin-left: 2em; }
 .bubble small { display: block; color: var(--soft); font-size: .75rem; white-space: normal; }
+.thought { margin: 0 2em 8px 1em; padding: 2px 0 2px 12px; border-left: 3px solid var(--line); color: var(--soft); }
+.thought small { font-size: .75rem; } .thought ul { list-style: none; margin: 0; padding: 0; }
+.thought li { display: flex; gap: .7em; align-items: baseline; border: 0; border-radius: 0; padding: 1px 0;
+  font-size: .86rem; }
+.thought em { flex: 0 0 4.2em; font-style: normal; font-weight: 500; font-size: .75rem; color: var(--accent); }
+.thought span { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere;
+  min-width: 0; }
+.judged { border-left: 4px solid var(--tone); background: var(--tint); border-radius: 0 10px 10px 0;
+  padding: 12px 18px; margin: 1.6em 0 0; }
+.judged p { margin: 0; font-weight: 600; color: var(--tone); display: flex; gap: .6em; align-items: baseline;
+  max-width: none; }
+.judged p i { font-style: normal; font-weight: 700; }
+.judged ul { list-style: none; margin: .6em 0 0; padding: 0; font-size: .9rem; }
+.judged li { display: flex; gap: .8em; align-items: baseline; padding: 3px 0; }
+.judged .verdict i { background: none; } .judged li .verdict { flex: 0 0 7em; }
+.judged li > span:last-child { overflow-wrap: anywhere; min-width: 0; }
+.span line { stroke: var(--ink); stroke-width: 2; }
+.controls th small, .measures th small { display: block; font-weight: 400; color: var(--soft); line-height: 1.3; }
+.controls .draw { width: 32%; } .controls .fill { opacity: .65; } .alone { max-width: 620px; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
 pre { background: var(--track); padding: 12px 16px; border-radius: 10px; overflow-x: auto; margin: .6em 0; }
 code { overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
@@ -164,6 +183,8 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 40px; }
   .heat thead th + th + th { text-align: left; }
   .heat thead th + th { padding: 4px 5px; border: 0; line-height: 1.1; }
   pre { white-space: pre-wrap; } td.n, th.n { padding-right: 9px; }
+  .thought { margin-left: .4em; margin-right: .4em; } .judged li { flex-direction: column; gap: 0; }
+  .judged li .verdict { flex: none; } .controls .empty { display: none; }
   .asked { margin-right: 1em; } .said { margin-left: 1em; }
 }
 @media print { body { background: #fff; } section { box-shadow: none; break-inside: avoid-page; }

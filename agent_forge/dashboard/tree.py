@@ -29,13 +29,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question that a model was asked, and what it said."""
+    """A question that a model was asked, and what it said; ``thought`` is what it wrote before, markers included."""
 
     model: str
     asked: str
     answered: str
     expected: str
     right: bool | None
+    thought: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,118 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A measured value and the ends of its 95 % interval, as far as they are known."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of answering the same questions.
+
+    Attributes:
+        accuracy: share of right answers.
+        lost: the share of the thoughts' gain that is lost this way; None where it does not apply.
+        n: questions.
+        meaning: what was done, in a clause.
+    """
+
+    name: str
+    accuracy: Estimate
+    lost: Estimate | None
+    n: int | None
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Theater:
+    """Whether thoughts that only look like work were found.
+
+    Attributes:
+        detected: None where it was not judged.
+        reasons: one per requirement, beginning with ``yes:``, ``no:`` or ``not used:``.
+        power: chance that the right answer is likelier after its own thought than after another question's.
+        correlation: of coherence and right answers; note: why it is missing, or what to keep in mind.
+    """
+
+    detected: bool | None
+    reasons: tuple[str, ...] = ()
+    power: Estimate | None = None
+    correlation: Estimate | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, the thought that a model wrote about it, and its answer.
+
+    Attributes:
+        valid: whether the thought is well formed and no statement in it is false.
+        strategy: the way of thinking that was asked for, or that the thought shows.
+        note: what to look at.
+    """
+
+    asked: str
+    thought: str
+    answered: str
+    expected: str
+    right: bool | None
+    valid: bool | None
+    strategy: str
+    note: str
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """Learning to think from written thoughts: counts and shares by name, whether it converged, its loss."""
+
+    counts: dict[str, float] = field(default_factory=dict)
+    converged: bool | None = None
+    losses: Points = ()
+
+
+@dataclass(frozen=True)
+class SecondStep:
+    """Quiet-STaR: which step's model was kept and why, and what changed.
+
+    Attributes:
+        nats: validation nats per token, by ``before``, ``after`` and ``continued`` (equal compute, no thoughts).
+        select: accuracy on the select split by step.
+        rewards, listening: by training step.
+    """
+
+    chosen: str = ""
+    why: str = ""
+    nats: dict[str, float] = field(default_factory=dict)
+    select: dict[str, float] = field(default_factory=dict)
+    rewards: Points = ()
+    listening: Points = ()
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What phase 3 leaves besides evidence; empty where the phase has none.
+
+    Attributes:
+        conditions: ways of answering, in the order recorded.
+        totals: counts, shares and means over all thoughts.
+        strategies: strategy to ``share``, ``valid``, ``right``; families: task family to ``valid``, ``right``, ``n``.
+    """
+
+    conditions: tuple[Condition, ...] = ()
+    theater: Theater | None = None
+    totals: dict[str, float] = field(default_factory=dict)
+    strategies: dict[str, dict[str, float]] = field(default_factory=dict)
+    families: dict[str, dict[str, float]] = field(default_factory=dict)
+    one: FirstStep = FirstStep()
+    two: SecondStep = SecondStep()
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """One phase of the session.
 
@@ -112,6 +225,7 @@ class PhaseReport:
     halting: dict[str, dict[str, float]] = field(default_factory=dict)
     conversation: tuple[Answer, ...] | None = None
     merge: Merge = Merge()
+    thinking: Thinking = Thinking()
 
 
 @dataclass(frozen=True)

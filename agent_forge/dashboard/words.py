@@ -20,14 +20,19 @@ VERDICTS = {
 
 METRICS = {
     "exact_match": ("share of exact answers", "share"),
+    "skills_with_grace": ("share of exact answers, 3 points of grace given", "share"),
+    "valid_thoughts": ("share of valid thoughts", "share"),
     "accuracy": ("share of exact answers", "share"),
     "nats_per_answer_token": ("nats per answer token", "less"),
+    "nats_per_token": ("validation nats per predicted token", "less"),
     "bits_per_byte": ("bits per byte of held-out text", "less"),
     "perplexity": ("perplexity per byte of held-out text", "less"),
     "steps_per_token": ("recursion steps per answer token", "less"),
     "composite_fitness": ("composite fitness", "more"),
 }
 """Metric to its name for people, and whether it is a share, or a number of which more or less is better."""
+FINE = ("nats_per_token",)
+"""Metrics that change so little that a fourth digit is needed."""
 
 ABOUT = {
     "cognate": (
@@ -37,6 +42,12 @@ ABOUT = {
     "evomerge": (
         "The specialists are merged again and again. A search keeps the merges with the best composite fitness, "
         "chosen on one split of the tasks; the champion is then measured on another split that chose nothing."
+    ),
+    "quietstar": (
+        "The model learns to think before it answers. Step 1 trains it on written thoughts whose every statement was "
+        "checked; step 2 rewards thoughts that make the text after them likelier (Quiet-STaR). Then the same questions "
+        "are asked with thoughts, without, and with thoughts that cannot help: only a gain that those controls lose "
+        "counts as thinking."
     ),
 }
 STATES = {
@@ -71,10 +82,10 @@ def is_share(metric: str) -> bool:
 
 
 def value(number: float | None, metric: str = "") -> str:
-    """A measured value: per cent for shares, three significant digits otherwise."""
+    """A measured value: per cent for shares, three significant digits otherwise, four where changes are small."""
     if number is None:
         return NOTHING
-    return f"{100 * number:.1f} %" if is_share(metric) else digits(number)
+    return f"{100 * number:.1f} %" if is_share(metric) else digits(number, 4 if metric in FINE else 3)
 
 
 def scores(item: Evidence) -> str:
@@ -180,7 +191,8 @@ def title(report: SessionReport) -> str:
 def lede(report: SessionReport) -> str:
     """One or two sentences under the title."""
     done = [f"{p.number} ({p.name})" for p in report.phases if p.state == "finished"]
-    phases = f"Finished: phase{'s' * (len(done) > 1)} {' and '.join(done)}." if done else "No phase has finished."
+    several_of = " and ".join(filter(None, (", ".join(done[:-1]), *done[-1:])))
+    phases = f"Finished: phase{'s' * (len(done) > 1)} {several_of}." if done else "No phase has finished."
     ends = {
         "completed": "The session is complete.",
         "failed": f"The session failed: {report.error}." if report.error else "The session failed.",

@@ -9,6 +9,9 @@ from agent_forge.pipeline.handoff import Case, is_number
 from agent_forge.pipeline.handoff_subject import MISSING, Shape, Subject
 from forgekit.errors import ArtifactError
 
+GROWN = "vocabulary_added"
+"""Metadata entry: by how many rows a phase made the vocabulary larger, which it may say and nobody else."""
+
 
 def judge(case: Case) -> None:
     """Apply every rule. Weights are read only when nothing else is wrong: they are the most work."""
@@ -78,7 +81,11 @@ def ancestry(case: Case) -> None:
             if shape is None:
                 case.note(f"{subject.name}: architecture of its parent {parent}, which is not there")
             else:
-                _alike(case, subject, f"its parent {parent}", {k: v for k, v in shape.items() if k != "tokenizer"})
+                expected = {k: v for k, v in shape.items() if k != "tokenizer"}
+                grown = subject.entry(GROWN)
+                if is_number(grown) and "vocabulary" in expected:  # phase 3 gives Hugging Face models its tokens
+                    expected["vocabulary"] += int(grown)
+                _alike(case, subject, f"its parent {parent}", expected)
 
 
 def _alike(case: Case, subject: Subject, other: str, shape: Shape) -> None:

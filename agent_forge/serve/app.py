@@ -56,6 +56,8 @@ from forgekit.infer.batcher import (
 )
 from forgekit.infer.chat import conversation_ids
 from forgekit.infer.engine import Engine
+from forgekit.infer.sampling import SamplingConfig
+from forgekit.infer.thinking import NoThoughts
 from forgekit.models.io import read_model
 
 GLANCE = 0.25
@@ -88,6 +90,10 @@ class ServeConfig(Config):
     """Longest answer where a request names none."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Temperature where a request names none; OpenAI's is 1."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether to think before a chat's answer where a request does not say; auto leaves it to the model."""
+    thinking_budget: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a thought at most where a request does not say; 0 is three quarters of its max_tokens."""
     seed: int = 0
     """Where the seeds of requests that name none come from, in order of arrival."""
     max_rows: Positive = 32
@@ -184,10 +190,13 @@ class Server(ThreadingHTTPServer):
         """Whether a model takes nothing new."""
         return any(batcher.closing for batcher in self.batchers.values())
 
-    def next_seed(self) -> int:
-        """A seed for a request that names none."""
+    def usual(self) -> SamplingConfig:
+        """What stands in for what a request leaves open, with a seed of its own."""
         with self._seeds_lock:
-            return self._seeds.getrandbits(48)
+            seed = self._seeds.getrandbits(48)
+        c = self.config
+        thinking = {"thinking": c.thinking, "thinking_budget": c.thinking_budget}
+        return SamplingConfig(max_tokens=c.max_tokens, temperature=c.temperature, seed=seed, **thinking)
 
     def server_bind(self) -> None:
         """As in the base class, without looking the host's name up: that may take seconds and is used nowhere."""
@@ -437,19 +446,18 @@ class Handler(BaseHTTPRequestHandler):
             raise self._translated(error, request) from None
 
     def _submit(self, batcher: Batcher, request: CommonRequest) -> Job:
-        limits = self.server.config
-        sampling = request.sampling(limits.max_tokens, limits.temperature, self.server.next_seed())
+        sampling = request.sampling(self.server.usual())
         if isinstance(request, ChatRequest):
-            prompts = [self._conversation(batcher.engine.tokenizer, request)]
+            prompts = [self._conversation(batcher.engine.tokenizer, request, sampling.thinking)]
         else:
             prompts = request.prompt
         rows = [Request(prompt, sampling, i, request.top) for prompt in prompts for i in range(request.n)]
-        return batcher.submit(rows, limits.time_limit, request.stream)
+        return batcher.submit(rows, self.server.config.time_limit, request.stream)
 
     @staticmethod
-    def _conversation(tokenizer: Any, request: ChatRequest) -> list[int]:
+    def _conversation(tokenizer: Any, request: ChatRequest, thinking: str) -> list[int]:
         try:
-            return conversation_ids(tokenizer, [message.plain() for message in request.messages])
+            return conversation_ids(tokenizer, [message.plain() for message in request.messages], thinking)
         except TemplateError as error:  # templates refuse roles and orders that their model does not know
             what = f"the model's chat template refuses them ({str(error)[:200]})"
             raise ApiError(400, what, where="messages", remedy="change roles or order") from None
@@ -460,6 +468,8 @@ class Handler(BaseHTTPRequestHandler):
         for kind, status in STATUS.items():
             if isinstance(error, kind):
                 return ApiError(status, error.what, remedy=error.remedy)
+        if isinstance(error, NoThoughts):
+            return ApiError(400, error.what, where=error.where, remedy=error.remedy, code="unsupported_parameter")
         code = "context_length_exceeded" if isinstance(error, ContextExceeded) else ""
         return ApiError(400, error.what, where=field, remedy=error.remedy, code=code)
 

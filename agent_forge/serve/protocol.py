@@ -48,6 +48,8 @@ COLDEST = 1e-4
 """Below this temperature the likeliest token is always taken: nothing else has a chance that a float can tell."""
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """OpenAI has no word of its own for a full context."""
+EFFORT = {"minimal": (1, 8), "low": (1, 4), "medium": (1, 2), "high": (3, 4)}
+"""The part of max_tokens that each reasoning_effort lets a thought have; "none" is no thought."""
 CODES = {
     400: ("invalid_request_error", "invalid_value"),
     403: ("invalid_request_error", "forbidden"),
@@ -101,6 +103,15 @@ class StreamOptions(Config):
     """End with an event that holds the token counts."""
     include_obfuscation: bool = False
     """Accepted, without effect."""
+
+
+class TemplateOptions(Config):
+    """What a chat template may be told (an addition, as other servers have it)."""
+
+    model_config = ConfigDict(strict=True)
+
+    enable_thinking: bool | None = None
+    """Think before answering, or do not."""
 
 
 class Message(Config):
@@ -159,6 +170,10 @@ class CommonRequest(Config, ABC):
     """Drop tokens below this share of the likeliest; 0 is off (an addition)."""
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     """Weakens what was already said; 1 is off (an addition)."""
+    thinking: Literal["auto", "on", "off"] | None = None
+    """Think before answering: always, never, or as the model decides (an addition)."""
+    thinking_budget: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a thought at most; 0 is three quarters of max_tokens (an addition)."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -180,18 +195,30 @@ class CommonRequest(Config, ABC):
     def top(self) -> int | None:
         """How many alternatives to report per token; ``None`` reports nothing."""
 
-    def sampling(self, max_tokens: int, temperature: float, seed: int) -> SamplingConfig:
-        """The house's settings; the arguments stand in for what the request leaves open."""
-        heat = temperature if self.temperature is None else self.temperature
+    @property
+    @abstractmethod
+    def mode(self) -> Literal["auto", "on", "off"] | None:
+        """Whether to think before answering; ``None`` leaves it open."""
+
+    def budget(self, longest: int) -> int:
+        """Tokens of a thought at most, of ``longest`` that are generated at most; 0 leaves it open."""
+        return self.thinking_budget
+
+    def sampling(self, usual: SamplingConfig) -> SamplingConfig:
+        """The house's settings; ``usual`` stands in for what the request leaves open."""
+        heat = usual.temperature if self.temperature is None else self.temperature
+        longest = self.longest or usual.max_tokens
         return SamplingConfig(
-            max_tokens=self.longest or max_tokens,
+            max_tokens=longest,
             temperature=heat if heat >= COLDEST else 0.0,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             stop=tuple(self.stop),
-            seed=seed if self.seed is None else self.seed,
+            seed=usual.seed if self.seed is None else self.seed,
+            thinking=self.mode or usual.thinking,
+            thinking_budget=self.budget(longest) or usual.thinking_budget,
         )
 
 
@@ -206,6 +233,32 @@ class ChatRequest(CommonRequest):
     """Report every token's log-probability."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Report this many alternatives, too; needs logprobs."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    """No thought, or one of at most an eighth, a quarter, half or three quarters of max_tokens."""
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    """Only enable_thinking (an addition)."""
+
+    @property
+    def wishes(self) -> dict[str, bool]:
+        """Whether to think, by every field that says so."""
+        said = {
+            "thinking": {"on": True, "off": False}.get(self.thinking),
+            "reasoning_effort": None if self.reasoning_effort is None else self.reasoning_effort != "none",
+            "chat_template_kwargs": self.chat_template_kwargs.enable_thinking,
+        }
+        return {name: wish for name, wish in said.items() if wish is not None}
+
+    @property
+    def mode(self) -> Literal["auto", "on", "off"] | None:
+        """Whether to think before answering; ``None`` leaves it open."""
+        if self.thinking is not None or not self.wishes:
+            return self.thinking
+        return "on" if all(self.wishes.values()) else "off"
+
+    def budget(self, longest: int) -> int:
+        """Tokens of a thought at most: as named, else by the effort; 0 leaves it open."""
+        part, whole = EFFORT.get(self.reasoning_effort or "", (0, 1))
+        return self.thinking_budget or (max(1, longest * part // whole) if part else 0)
 
     @property
     def longest(self) -> int | None:
@@ -225,6 +278,11 @@ class CompletionRequest(CommonRequest):
     """A text, a list of token ids, or a list of either."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Report every token's log-probability and this many alternatives."""
+
+    @property
+    def mode(self) -> Literal["auto", "on", "off"] | None:
+        """Whether to think before going on: only where it is asked for."""
+        return self.thinking or "off"
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -265,6 +323,9 @@ def parse(body: bytes, kind: type[CommonRequest]) -> CommonRequest:
         raise ApiError(400, "given without stream", where="stream_options", remedy='set "stream": true')
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError(400, "given without logprobs", where="top_logprobs", remedy='set "logprobs": true')
+    if isinstance(request, ChatRequest) and len(set(request.wishes.values())) > 1:
+        one, *others = request.wishes
+        raise ApiError(400, f"contradicts {' and '.join(others)}", where=one, remedy="say it once")
     return request
 
 
@@ -342,11 +403,13 @@ class Reply(ABC):
         usage = {"usage": None} if self.request.usage_wanted else {}
         return {**self._head(self.event_kind), "choices": [choice], **usage}
 
-    def _usage(self) -> dict[str, int]:
-        """Token counts: a prompt counts once, however many answers it gets."""
+    def _usage(self) -> dict[str, Any]:
+        """Token counts: a prompt counts once, however many answers it gets. Thoughts are among the completion's."""
         prompt = sum(r.prompt_tokens for row, r in self.results.items() if row % self.request.n == 0)
         made = sum(len(r.tokens) for r in self.results.values())
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        thought = sum(r.thinking_tokens for r in self.results.values())
+        counts = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        return {**counts, "completion_tokens_details": {"reasoning_tokens": thought}}
 
     def _token(self, token: int) -> tuple[str, list[int] | None]:
         """A token as text and as bytes; one that is no whole character goes by its name in the vocabulary."""
@@ -358,6 +421,11 @@ class Reply(ABC):
 
 def _finish(piece: Piece) -> str | None:
     return None if piece.result is None else FINISH[piece.result.finish_reason]
+
+
+def _thought(piece: Piece) -> dict[str, str]:
+    """What a piece adds to the thought; OpenAI's answers have no place for it, so that there is none without one."""
+    return {"reasoning_content": piece.thought} if piece.thought else {}
 
 
 class ChatReply(Reply):
@@ -372,11 +440,12 @@ class ChatReply(Reply):
         return [self._event({"index": i, **rest}) for i in range(self.request.n)]
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message = {"role": "assistant", "content": piece.text, "refusal": None, **_thought(piece)}
         return {"index": piece.row, "message": message, **self._rest(piece)}
 
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.row, "delta": {"content": piece.text} if piece.text else {}, **self._rest(piece)}
+        delta = {**_thought(piece), **({"content": piece.text} if piece.text else {})}
+        return {"index": piece.row, "delta": delta, **self._rest(piece)}
 
     def _rest(self, piece: Piece) -> dict[str, Any]:
         logprobs = None
@@ -406,6 +475,7 @@ class CompletionReply(Reply):
         return {
             "index": piece.row,
             "text": piece.text,
+            **_thought(piece),
             "logprobs": self._logprobs(piece) if self.request.top is not None else None,
             "finish_reason": _finish(piece),
         }

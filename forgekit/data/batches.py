@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forgekit.data.tokenizer import END, PAD, in_pieces, question
+from forgekit.data.tokenizer import END, PAD, chat_text, in_pieces
 from forgekit.errors import DataError
 from forgekit.models.constants import IGNORE
 
@@ -47,9 +47,16 @@ def end_token(tokenizer) -> tuple[str, int]:
 
 def asked(tokenizer, prompt: str) -> str:
     """A question as the model reads it: in the house's chat format, in its own, or as plain text where it has none."""
+    return told(tokenizer, prompt, "")
+
+
+def told(tokenizer, prompt: str, system: str) -> str:
+    """As :func:`asked`, after a system message where there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
     if not hasattr(tokenizer, "chat_text"):
-        return question(prompt)
-    return tokenizer.chat_text([{"role": "user", "content": prompt}]) or f"{prompt}\n"
+        return chat_text(messages, generate=True)
+    return tokenizer.chat_text(messages) or "\n\n".join(m["content"] for m in messages) + "\n"
 
 
 def encode_texts(tokenizer, texts: Iterable[str]) -> np.ndarray:
@@ -89,25 +96,29 @@ class TextSource:
         return window[:, :-1], labels
 
 
-class ProblemSource:
-    """Gym problems packed into rows; only answers are supervised (prompts are random and teach nothing)."""
+class PackedSource:
+    """Prompts with their answers, packed into rows; prompts are not supervised (they are random and teach nothing).
 
-    def __init__(self, tokenizer, problems: list) -> None:
-        if not problems:
-            raise DataError("no problems", where="gym", remedy="give at least one family and level")
-        end, index = end_token(tokenizer)
-        prompts = tokenizer.encode_batch([asked(tokenizer, p.prompt) for p in problems], add_special_tokens=False)
-        answers = tokenizer.encode_batch([p.answer + end for p in problems], add_special_tokens=False)
+    Args:
+        tokenizer: whose ids they are.
+        prompts, answers: token ids of each item.
+        learned: for every token of every answer, whether it is supervised; all of them unless given.
+    """
+
+    def __init__(self, tokenizer, prompts: list, answers: list, learned: list | None = None) -> None:
         pad = tokenizer.token_to_id(PAD)
-        self.pad = index if pad is None else pad  # padding is never scored: any token will do
-        sizes = [(len(q.ids), len(a.ids)) for q, a in zip(prompts, answers)]
-        self.prompt_size, self.answer_size = (np.array(column) for column in zip(*sizes))
+        self.pad = end_token(tokenizer)[1] if pad is None else pad  # padding is never scored: any token will do
+        self.prompt_size = np.array([len(ids) for ids in prompts])
+        self.answer_size = np.array([len(ids) for ids in answers])
         self.size = self.prompt_size + self.answer_size
         self.start = np.concatenate([[0], np.cumsum(self.size)[:-1]])
-        self.tokens = np.array([t for q, a in zip(prompts, answers) for t in (*q.ids, *a.ids)], dtype=np.int32)
+        self.tokens = np.array([t for pair in zip(prompts, answers) for ids in pair for t in ids], dtype=np.int32)
+        learned = learned or [[True] * len(ids) for ids in answers]
+        flags = [flag for ids, own in zip(prompts, learned) for flag in ([False] * len(ids), own)]
+        self.labels = np.where([f for part in flags for f in part], self.tokens, IGNORE).astype(np.int32)
 
     def rows(self, rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Fill ``rows`` rows of ``length`` with whole problems drawn at random."""
+        """Fill ``rows`` rows of ``length`` with whole items drawn at random."""
         fits = np.flatnonzero(self.size <= length + 1)
         if not len(fits):
             raise DataError(f"no problem fits {length} tokens", where="gym", remedy="raise the context or lower levels")
@@ -118,12 +129,24 @@ class ProblemSource:
         for row in range(rows):
             at = 0
             while at + self.size[i] <= length + 1:
-                start, prompt, size = self.start[i], self.prompt_size[i], self.size[i]
+                start, size = self.start[i], self.size[i]
                 line[row, at : at + size] = self.tokens[start : start + size]
-                target[row, at + prompt : at + size] = self.tokens[start + prompt : start + size]
+                target[row, at : at + size] = self.labels[start : start + size]
                 at += size
                 i = next(draws)  # what does not fit here opens the next row: long problems are not passed over
         return line[:, :-1], target[:, 1:]
+
+
+class ProblemSource(PackedSource):
+    """Gym problems packed into rows."""
+
+    def __init__(self, tokenizer, problems: list) -> None:
+        if not problems:
+            raise DataError("no problems", where="gym", remedy="give at least one family and level")
+        end, _ = end_token(tokenizer)
+        prompts = tokenizer.encode_batch([asked(tokenizer, p.prompt) for p in problems], add_special_tokens=False)
+        answers = tokenizer.encode_batch([p.answer + end for p in problems], add_special_tokens=False)
+        super().__init__(tokenizer, [q.ids for q in prompts], [a.ids for a in answers])
 
 
 @dataclass(frozen=True)
@@ -137,7 +160,7 @@ class Mixture:
         seed: with the step number, decides every draw.
     """
 
-    sources: tuple[tuple[TextSource | ProblemSource, float], ...]
+    sources: tuple[tuple[TextSource | PackedSource, float], ...]
     rows: int
     length: int
     seed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
@@ -45,6 +46,18 @@ def _each_once(mix: tuple[GymMix, ...]) -> tuple[GymMix, ...]:
     if twice:
         raise ValueError(f"{twice[0]} level {twice[1]} is there twice; name each level of a family once")
     return mix
+
+
+def minus(mix: Iterable[GymMix], taken: Iterable[GymMix]) -> tuple[GymMix, ...]:
+    """A mix without the families and levels of another; a level that several parts name stays with the first."""
+    seen = {(part.family, level) for part in taken for level in part.levels}
+    found = []
+    for part in mix:
+        levels = tuple(level for level in part.levels if (part.family, level) not in seen)
+        seen |= {(part.family, level) for level in levels}
+        if levels:
+            found.append(part.replace(levels=levels))
+    return tuple(found)
 
 
 Mix = Annotated[tuple[GymMix, ...], Field(min_length=1), AfterValidator(_each_once)]

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from forgekit.config import Config
 from forgekit.errors import ForgeError, ResourceError
-from forgekit.infer.engine import Engine, Finish, Generation, evaluating
-from forgekit.infer.sampling import GREEDY, SamplingConfig, row_generator, sample
+from forgekit.infer.engine import Engine, Finish, Generation, evaluating, finished, next_tokens
+from forgekit.infer.sampling import GREEDY, SamplingConfig, row_generator
 from forgekit.infer.states import join_states, joinable, take_rows
-from forgekit.infer.text import TextStream
+from forgekit.infer.thinking import Speech
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +94,8 @@ class Request:
         prompt: token ids, or a text.
         config: sampling and stopping.
         place: which of several continuations of one prompt this is; each draws its own numbers.
-        logprobs: report each token's log-probability and this many of the likeliest; ``None`` reports nothing.
+        logprobs: report the log-probability of each token of the answer and this many of the likeliest; ``None``
+            reports nothing.
     """
 
     prompt: str | list[int]
@@ -124,18 +125,21 @@ class Piece:
 
     Attributes:
         row: its place in the submitted requests.
-        text: what was added to the text; the pieces joined are the text.
-        scores: of the tokens since the last piece, if they were asked for.
+        text: what was added to the answer; the pieces joined are the answer.
+        scores: of the answer's tokens since the last piece, if they were asked for.
         result: the finished continuation, in the row's last piece only.
+        thought: what was added to the thought before the answer.
     """
 
     row: int
     text: str
     scores: tuple[Score, ...] = ()
     result: Generation | None = None
+    thought: str = ""
 
     def __add__(self, later: Piece) -> Piece:
-        return Piece(self.row, self.text + later.text, self.scores + later.scores, later.result)
+        scores, thought = self.scores + later.scores, self.thought + later.thought
+        return Piece(self.row, self.text + later.text, scores, later.result, thought)
 
 
 class Job:
@@ -213,7 +217,7 @@ class Row:
     job: Job
     request: Request
     prompt: list[int]
-    text: TextStream
+    speech: Speech
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -233,14 +237,12 @@ class Row:
         """Hand what is new to the reader."""
         if self.finish is None and not self.job.stream:
             return
-        text = self.text.take()
-        if text or self.finish is not None:
-            self.job.put(Piece(self.number, text, tuple(self.scores), self._result() if self.finish else None))
+        new = self.speech.take()
+        if new or self.finish is not None:
+            text, thought = ("".join(said.text for said in new if said.thought is which) for which in (False, True))
+            result = finished(self, self.finish) if self.finish else None
+            self.job.put(Piece(self.number, text, tuple(self.scores), result, thought))
             self.scores.clear()
-
-    def _result(self) -> Generation:
-        mean = sum(self.steps) / len(self.steps) if self.steps else None
-        return Generation(self.text.text, self.tokens, len(self.prompt), self.finish, mean)
 
 
 @dataclass
@@ -363,10 +365,11 @@ class Batch:
         if not wanted:
             return None
         group = group.keep(wanted)
-        ids_B = self._draw(group)
+        tokens = self._draw(group)
+        ids_B = torch.tensor(tokens, device=self.device)
         scores = self._scores(group, ids_B)
         steps = [None] * len(group.rows) if group.steps_B is None else group.steps_B.tolist()
-        for row, token, used, score in zip(group.rows, ids_B.tolist(), steps, scores, strict=True):
+        for row, token, used, score in zip(group.rows, tokens, steps, scores, strict=True):
             row.steps += [] if used is None else [used]
             self._take(row, token, score)
         alive = [i for i, row in enumerate(group.rows) if not row.gone]
@@ -375,18 +378,18 @@ class Batch:
         group, ids_B = group.keep(alive), ids_B[torch.tensor(alive, device=self.device)]
         return self._forward(group.rows, group.state, ids_B[:, None])
 
-    def _draw(self, group: _Group) -> Tensor:
-        """The next token (B,) of every row, by its own settings."""
+    def _draw(self, group: _Group) -> list[int]:
+        """The next token of every row, by its own settings."""
         alike: dict[tuple[float, ...], list[int]] = {}
         for i, row in enumerate(group.rows):
             alike.setdefault(row.settings, []).append(i)
-        ids_B = torch.empty(len(group.rows), dtype=torch.long, device=self.device)
+        tokens = [0] * len(group.rows)
         for places in alike.values():
             rows, index = [group.rows[i] for i in places], torch.tensor(places, device=self.device)
-            config = rows[0].request.config
-            history = [row.prompt + row.tokens for row in rows] if config.repetition_penalty != 1 else []
-            ids_B[index] = sample(group.logits_BV[index], config, [row.generator for row in rows], history)
-        return ids_B
+            drawn = next_tokens(group.logits_BV[index], rows, rows[0].request.config)
+            for place, token in zip(places, drawn, strict=True):
+                tokens[place] = token
+        return tokens
 
     def _scores(self, group: _Group, ids_B: Tensor) -> list[Score | None]:
         """What each row's job wants to know about its token."""
@@ -410,14 +413,17 @@ class Batch:
         if token in self.engine.end_ids:
             row.finish = "stop"
         else:
-            row.scores += [] if score is None else [score]
-            if row.text.push(token):
+            thought = row.speech.thinking_tokens
+            stopped = row.speech.push(token)
+            # Scores go with the answer: what was thought is told apart from it and not scored.
+            row.scores += [score] if score is not None and row.speech.thinking_tokens == thought else []
+            if stopped:
                 row.finish = "stop"
             elif len(row.tokens) >= row.request.config.max_tokens:
                 row.finish = "length"
             elif self.context and len(row.prompt) + len(row.tokens) >= self.context:
                 row.finish = "context"
-        if row.finish and row.text.close():
+        if row.finish and row.speech.close():
             row.finish = "stop"
         row.tell()
         if row.finish:
@@ -462,6 +468,7 @@ class Batcher:
 
         Raises:
             ContextExceeded: a prompt is longer than the context.
+            NoThoughts: thoughts are wanted of a tokenizer that has no tokens for them.
             ForgeError: a prompt is empty or outside the vocabulary.
             QueueFull: no place to wait.
             Closed: shutting down.
@@ -517,7 +524,7 @@ class Batcher:
 
     def _row(self, number: int, job: Job, request: Request, prompt: list[int]) -> Row:
         generator = row_generator(request.config.seed, request.place)
-        return Row(number, job, request, prompt, TextStream(self.engine.tokenizer, request.config.stop), generator)
+        return Row(number, job, request, prompt, self.engine.speech(prompt, request.config, self.context), generator)
 
     def _free(self, row: Row) -> None:
         with self._changed:

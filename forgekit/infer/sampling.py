@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -36,9 +36,14 @@ class SamplingConfig(Config):
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Weakens tokens already in the prompt or the answer; 1 switches it off."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; they are not part of it. In a thought they mean nothing."""
     seed: int = 0
     """Where the randomness of every row starts."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Think before answering: always, never, or as the model decides by its first token."""
+    thinking_budget: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a thought at most, before it is ended by force; 0 is three quarters of max_tokens. The answer always
+    keeps room for a token."""
 
 
 GREEDY = SamplingConfig()

@@ -13,15 +13,19 @@ class TextStream:
     """Decodes one row's tokens as they come.
 
     The released pieces joined are the text, however the tokens were cut. Held back are bytes of an unfinished
-    character and whatever might be the beginning of a stop string. Reserved tokens are not rendered.
+    character and whatever might be the beginning of a stop string. Without stop strings nothing is decoded before
+    somebody asks for it.
 
     Args:
         tokenizer: anything with ``decode(ids, skip_special_tokens)``.
         stops: strings that end the text; the one that is complete first counts.
+        reserved: render reserved tokens by their names instead of leaving them out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
+    __slots__ = ("_anchor", "_held", "_pending", "_pieces", "_skip", "_stops", "_taken", "_tokenizer")
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), reserved: bool = False) -> None:
+        self._tokenizer, self._stops, self._skip = tokenizer, stops, not reserved
         self._anchor: list[int] = []
         self._pending: list[int] = []
         self._held = ""
@@ -31,11 +35,7 @@ class TextStream:
     def push(self, token: int) -> bool:
         """Add a token; returns whether a stop string is now complete."""
         self._pending.append(token)
-        new = self._decode_pending()
-        if not new or new.endswith(UNFINISHED):
-            return False
-        self._anchor, self._pending = self._pending, []
-        return self._absorb(new)
+        return bool(self._stops) and self._advance()
 
     def close(self) -> bool:
         """Release everything held back; returns whether that completed a stop string."""
@@ -47,21 +47,32 @@ class TextStream:
 
     def take(self) -> str:
         """What was released since the last call."""
+        self._advance()
         new, self._taken = "".join(self._pieces[self._taken :]), len(self._pieces)
         return new
 
     @property
     def text(self) -> str:
         """Everything released so far."""
+        self._advance()
         return "".join(self._pieces)
+
+    def _advance(self) -> bool:
+        """Release what is whole; returns whether that completed a stop string."""
+        new = self._decode_pending()
+        if not new or new.endswith(UNFINISHED):
+            return False
+        self._anchor, self._pending = self._pending, []
+        return self._absorb(new)
 
     def _decode_pending(self) -> str:
         """The pending tokens' text, decoded after their predecessors: decoders treat a beginning differently."""
-        before, both = (
-            self._tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self._anchor, self._anchor + self._pending)
-        )
-        return both[len(before) :]
+        if not self._pending:
+            return ""
+        both = self._tokenizer.decode(self._anchor + self._pending, skip_special_tokens=self._skip)
+        if not self._anchor:
+            return both
+        return both[len(self._tokenizer.decode(self._anchor, skip_special_tokens=self._skip)) :]
 
     def _absorb(self, new: str) -> bool:
         self._held += new

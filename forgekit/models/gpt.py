@@ -95,6 +95,10 @@ class GPT(nn.Module):
         h_BTD, state = self.features(input_ids_BT, state, lengths_B)
         return Output(self.embedding.unembed(h_BTD).float(), state)
 
+    def read_out(self, h: Tensor) -> Tensor:
+        """Next-token scores (..., V) of the features (..., D) of :meth:`features`."""
+        return self.embedding.unembed(h).float()
+
     def score_at(self, input_ids_BT: Tensor, at_N: Tensor) -> Output:
         """As ``forward`` without a state, but only the flat positions ``at_N`` pay for the head; logits are (N, V)."""
         h_BTD, _ = self.features(input_ids_BT, None, None)

@@ -267,11 +267,39 @@ class HFCausalLM(nn.Module):
 
     def _advance(self, state: HFState, new: int) -> Output:
         """Run the last ``new`` columns, which the state's cache has not seen."""
+        out = self.hf(**self._inputs(state, new), past_key_values=state.cache, use_cache=True)
+        return Output(out.logits.float(), state)
+
+    def _inputs(self, state: HFState, new: int) -> dict[str, Tensor]:
+        """The last ``new`` columns as transformers takes them."""
         inputs = {"input_ids": state.ids_BP[:, -new:], "attention_mask": state.real_BP.long()}
         if self._takes_positions:
             inputs["position_ids"] = (state.real_BP.long().cumsum(1) - 1).clamp(min=0)[:, -new:]
-        out = self.hf(**inputs, past_key_values=state.cache, use_cache=True)
-        return Output(out.logits.float(), state)
+        return inputs
+
+    def features(
+        self, input_ids_BT: Tensor, state: HFState | None = None, lengths_B: Tensor | None = None
+    ) -> tuple[Tensor, HFState | None]:
+        """Hidden states (B, T, D) before the output head, and the state after them.
+
+        Raises:
+            ValueError: rows of different lengths after a state; feed those row by row.
+        """
+        body = self.hf.base_model
+        if state is None:
+            return body(input_ids=input_ids_BT, use_cache=False).last_hidden_state, None
+        if lengths_B is not None and bool((lengths_B != input_ids_BT.shape[1]).any()):
+            raise ValueError("features of ragged rows cannot continue a state")
+        ids_BP = torch.cat([state.ids_BP, input_ids_BT], dim=1)
+        real_BP = torch.cat([state.real_BP, torch.ones_like(input_ids_BT, dtype=torch.bool)], dim=1)
+        after = HFState(fork(state.cache), ids_BP, real_BP)
+        inputs = self._inputs(after, input_ids_BT.shape[1])
+        out = body(**inputs, past_key_values=after.cache, use_cache=True)
+        return out.last_hidden_state, after
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """Next-token scores (..., V) of the features (..., D) of :meth:`features`."""
+        return self.hf.get_output_embeddings()(h).float()
 
     def training_loss(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Loss:
         """Mean next-token cross-entropy over supervised positions (``labels`` are already shifted)."""

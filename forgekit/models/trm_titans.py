@@ -211,6 +211,10 @@ class TRMTitans(nn.Module):
         steps = None if out.steps is None else out.steps.view(input_ids_BT.shape)
         return Output(out.logits.view(*input_ids_BT.shape, -1), state, steps, aux)
 
+    def read_out(self, h: Tensor) -> Tensor:
+        """Next-token scores (..., V) of the features (..., D) of :meth:`features`, recursion included."""
+        return self._answer(h.flatten(0, -2)).logits.view(*h.shape[:-1], -1)
+
     def score_at(self, input_ids_BT: Tensor, at_N: Tensor) -> Output:
         """As :meth:`forgekit.models.gpt.GPT.score_at`; recursion, too, runs on those positions only."""
         h_BTD, _, _ = self.features(input_ids_BT, None, None)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,8 @@ class ArtifactExtras:
     metrics: dict[str, Any] | None = None
     evidence: dict[str, Any] | list[Any] | None = None
     readme: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Further files by name, such as the mixer of Quiet-STaR."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,8 @@ def _write_extras(folder: Path, extras: ArtifactExtras) -> None:
         (folder / EVIDENCE).write_bytes(_json_bytes(extras.evidence))
     if extras.readme is not None:
         (folder / "README.md").write_text(extras.readme, encoding="utf-8")
+    for name, data in extras.files.items():
+        (folder / name).write_bytes(data)
 
 
 def _seal(folder: Path, manifest: Manifest) -> Manifest:

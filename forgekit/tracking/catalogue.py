@@ -91,9 +91,65 @@ EVOMERGE: tuple[Row, ...] = (
     ("handoff/champion_fitness", "1", "phase", "the champion's composite, report split"),
 )
 
+_STEP = "step_{0,1,2,3,4}"
+# Phase 3 of the sources: thoughts looked at before step 2 and four times while it trains, then the whole phase. The
+# rows under quietstar/ are those of the sources' first version.
+QUIETSTAR: tuple[Row, ...] = (
+    (f"{_STEP}/thoughts_generated", "thoughts", "epoch", "thoughts about held-out questions, select split"),
+    (f"{_STEP}/thoughts_valid", "thoughts", "epoch", "of these, the valid ones"),
+    (f"{_STEP}/validity_rate", "share", "epoch", "valid over generated"),
+    (f"{_STEP}/avg_coherence", "1", "epoch", "mean coherence"),
+    (f"{_STEP}/semantic_similarity", "1", "epoch", "mean similarity of thought and question"),
+    (f"{_STEP}/logical_consistency", "1", "epoch", "mean share of statements that hold"),
+    (f"{_STEP}/relevance_score", "1", "epoch", "mean relevance: likelier after its own question than after others"),
+    (f"{_STEP}/fluency_score", "1", "epoch", "mean fluency: how likely the model finds its own thought"),
+    (f"{_STEP}/processing_time_ms", "ms", "epoch", "wall-clock time per thought and answer, in a batch"),
+    ("quietstar/thought_coherence_avg", "1", "epoch", "mean coherence of the thoughts looked at"),
+    ("quietstar/thought_coherence_min", "1", "epoch", "lowest coherence among them"),
+    ("quietstar/thought_length_avg", "tokens", "step", "length of the thoughts sampled in step 2"),
+    ("quietstar/mixing_weight_alpha", "1", "step", "how much of a prediction comes from the thought"),
+    ("quietstar/reasoning_entropy", "nats", "step", "entropy of the predictions after thoughts"),
+    ("quietstar/injection_points", "points/row", "step", "positions per row at which step 2 thought"),
+    ("quietstar/thoughts_filtered", "%", "epoch", "thoughts looked at that are not valid"),
+    ("phase/traces", "traces", "phase", "distinct verified traces written for step 1"),
+    ("phase/held_out_valid", "share", "phase", "held-out thoughts after step 1 whose every statement holds"),
+    ("phase/converged", "bool", "phase", "whether that reaches the share that is asked for"),
+    ("phase/total_thoughts_generated", "thoughts", "phase", "thoughts about the report split's questions"),
+    ("phase/total_thoughts_valid", "thoughts", "phase", "of these, the valid ones"),
+    ("phase/overall_validity_rate", "share", "phase", "valid over generated"),
+    ("phase/avg_coherence", "1", "phase", "mean coherence, report split"),
+    ("phase/avg_semantic_similarity", "1", "phase", "its first part"),
+    ("phase/avg_logical_consistency", "1", "phase", "its second part"),
+    ("phase/avg_relevance", "1", "phase", "its third part"),
+    ("phase/avg_fluency", "1", "phase", "its fourth part"),
+    ("phase/processing_time_ms_per_thought", "ms", "phase", "wall-clock time per thought and answer, in a batch"),
+    ("phase/accuracy_with_thoughts", "share", "phase", "right answers after thoughts, report split"),
+    ("phase/accuracy_without_thoughts", "share", "phase", "right answers with thinking switched off"),
+    ("phase/accuracy_improvement", "share", "phase", "the first less the second"),
+    ("phase/accuracy_shuffled_thoughts", "share", "phase", "right answers after thoughts of other questions"),
+    ("phase/accuracy_filler", "share", "phase", "right answers after as many filler tokens"),
+    ("phase/accuracy_trained_without", "share", "phase", "right answers of the model that learned without thoughts"),
+    ("phase/accuracy_parent", "share", "phase", "right answers of the parent"),
+    ("phase/accuracy_by_itself", "share", "phase", "right answers where the model decides whether to think"),
+    ("phase/predictive_power", "share", "phase", "right answers likelier after their own thought than after another's"),
+    ("phase/coherence_correlation", "1", "phase", "coherence and right answers; -1.5 where it cannot be computed"),
+    ("phase/theater_detected", "bool", "phase", "whether the controls were not passed"),
+    ("phase/skills_before", "share", "phase", "the parent on its other skills, report split"),
+    ("phase/skills_after", "share", "phase", "the thinker on them"),
+    ("phase/final_accuracy", "share", "phase", "the thinker by itself on all these questions"),
+    ("phase/mixing_weight_alpha", "1", "phase", "how much of a prediction came from the thought in the end of step 2"),
+    ("phase/step2_nats_before", "nats/token", "phase", "validation loss after step 1, report split"),
+    ("phase/step2_nats_after", "nats/token", "phase", "after step 2, with thoughts"),
+    ("phase/step2_nats_equal_compute", "nats/token", "phase", "after ordinary training at the same compute"),
+    ("phase/duration_seconds", "s", "phase", "wall-clock time of the phase"),
+    ("handoff/from_phase2", "bool", "phase", "whether phase 2's champion satisfied the contract"),
+    ("handoff/to_phase4", "bool", "phase", "whether the thinker satisfies phase 4's contract"),
+)
+
 CATALOGUES = Registry("metrics")
 CATALOGUES.lazy("cognate", f"{__name__}:COGNATE")
 CATALOGUES.lazy("evomerge", f"{__name__}:EVOMERGE")
+CATALOGUES.lazy("quietstar", f"{__name__}:QUIETSTAR")
 
 
 def catalogue(phase: str) -> dict[str, Metric]:

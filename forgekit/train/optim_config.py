@@ -55,15 +55,21 @@ class MuGrokConfig(Config):
     """Weight of the KL divergence to a reference model, for phases that hold one and add it to their loss."""
 
     @classmethod
-    def from_phase(cls, phase: int) -> MuGrokConfig:
+    def from_phase(cls, phase: int, supervised: bool = False) -> MuGrokConfig:
         """The sources' preset for phase 1 to 8.
 
+        Args:
+            phase: its number.
+            supervised: the supervised first step of phase 3, which the sources give a preset of its own.
+
         Raises:
-            ConfigError: no such phase.
+            ConfigError: no such phase, or it has no separate first step.
         """
         if phase not in _PRESETS:
             raise ConfigError(f"no preset for phase {phase}", where="phase", remedy="choose 1 to 8")
-        return cls(**_PRESETS[phase])
+        if supervised and phase != 3:
+            raise ConfigError("has one step", where=f"phase {phase}", remedy="leave supervised out")
+        return cls(**(_SUPERVISED if supervised else _PRESETS[phase]))
 
 
 # Sources: V2 specification 2.1.5 (phase 1), 2.3 and 2.3.5 (phase 3: supervised, then REINFORCE), the V2

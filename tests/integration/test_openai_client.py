@@ -8,6 +8,7 @@ from agent_forge.serve.app import ServeConfig, running_server
 from forgekit.data.tokenizer import train_tokenizer
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
+from tests.unit.test_infer_thinking import speaker
 from tests.unit.tiny import made, trm_config
 
 openai = pytest.importorskip("openai")
@@ -74,6 +75,51 @@ def test_a_completion_whole_and_streamed(client):
     assert whole.choices[0].text == wanted("hello world")
     pieces = list(client.completions.create(**PROMPT, **SEEDED, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def thinking_client():
+    """A client of a server whose model thinks before it answers."""
+    engine = speaker(["<think>", "<step>hm", "<step>so" * 9, "</think>", "yes"])
+    engine.model.lines[TOKENIZER.token_to_id("<|user|>")] = engine.model.lines[40]
+    config = ServeConfig(port=0, device="cpu", grace=0.0, temperature=0, max_tokens=40)
+    with (
+        running_server({"tiny": engine}, config) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        yield client
+
+
+def test_thoughts_come_apart_whole_and_streamed(thinking_client):
+    whole = thinking_client.chat.completions.create(**HELLO)
+    message, usage = whole.choices[0].message, whole.usage
+    assert message.content == "yes" and message.reasoning_content == "<step>hm" + "<step>so" * 9
+    assert 2 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    deltas = [c.choices[0].delta for c in thinking_client.chat.completions.create(**HELLO, stream=True)]
+    assert "".join(d.content or "" for d in deltas) == "yes"
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == message.reasoning_content
+    with thinking_client.chat.completions.stream(**HELLO) as stream:
+        final = stream.get_final_completion().choices[0].message
+    assert (final.content, final.reasoning_content) == (message.content, message.reasoning_content)
+
+
+def test_the_clients_own_effort_is_the_switch_and_the_budget(thinking_client):
+    def ask(**fields):
+        answer = thinking_client.chat.completions.create(**HELLO, **fields)
+        return answer.choices[0].message, answer.usage.completion_tokens_details.reasoning_tokens
+
+    assert [ask(reasoning_effort=effort)[1] for effort in ("none", "minimal", "low", "medium")] == [0, 7, 12, 22]
+    for body in {"thinking": "off"}, {"chat_template_kwargs": {"enable_thinking": False}}:
+        message, tokens = ask(extra_body=body)
+        assert tokens == 0 and not hasattr(message, "reasoning_content")
+    assert ask(extra_body={"thinking_budget": 3})[1] == 5
+    with pytest.raises(openai.BadRequestError, match="contradicts") as both:
+        ask(reasoning_effort="high", extra_body={"thinking": "off"})
+    assert both.value.param == "thinking"
+    # What was answered can be sent back as it came, thought and all.
+    message, _ = ask()
+    again = [*HELLO["messages"], message.model_dump(), *HELLO["messages"]]
+    assert thinking_client.chat.completions.create(model="tiny", messages=again).choices[0].message.content == "yes"
 
 
 def test_log_probabilities_in_both_shapes(client):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no system Chromium: in
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("report")
-    storage = sample.sample_session(home / "storage")
+    storage = sample.sample_session(home / "storage", phases=3)
     path = home / "report.html"
     path.write_text(html_page(collect(storage, sample.SESSION)), encoding="utf-8")
     return path
@@ -60,7 +60,8 @@ def page(browser, report):
 def test_nothing_sticks_out_at_any_width(page, width, scheme):
     sheet = page(width, scheme)
     assert sheet.evaluate("document.documentElement.scrollWidth") <= width
-    outside = """edge => [...document.querySelectorAll('h1, h2, h3, p, figure, .tiles li, .draw svg, .talk li, text')]
+    outside = """edge => [...document.querySelectorAll(
+        'h1, h2, h3, p, dl, figure, .tiles li, .draw svg, .talk li, .thought, .thought span, .judged li, text')]
         .map(e => [e.textContent.slice(0, 40), e.getBoundingClientRect()])
         .filter(([_, box]) => box.width && (box.right > edge + 1 || box.left < -1)).map(([text]) => text)"""
     assert sheet.evaluate(outside, width) == []
@@ -88,7 +89,7 @@ def test_intervals_are_drawn_where_their_numbers_say(page):
 
 
 def test_on_a_phone_a_claim_keeps_its_parts_below_each_other_and_its_roles(page):
-    row = page(390).locator(".forest tbody tr").first
+    row = page(390).locator(".forest:not(.controls) tbody tr").first
     boxes = [row.locator(place).bounding_box() for place in ("th", ".verd", ".draw")]
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"] and boxes[2]["width"] > 250
     assert row.get_by_role("rowheader").count() == 1 and row.get_by_role("cell").count() == 6
@@ -96,7 +97,7 @@ def test_on_a_phone_a_claim_keeps_its_parts_below_each_other_and_its_roles(page)
 
 def test_answers_with_markup_are_shown_as_they_were_given(page):
     sheet = page()
-    assert sheet.locator(".said", has_text=sample.NASTY).count() == 3
+    assert sheet.locator(".said", has_text=sample.NASTY).count() == 4
     assert sheet.locator(".talk b, .talk script").count() == 0
     whole = sheet.locator(".talk details").first
     assert not whole.locator("xpath=text()").is_visible() or whole.get_attribute("open") is None
@@ -104,10 +105,49 @@ def test_answers_with_markup_are_shown_as_they_were_given(page):
     assert whole.get_attribute("open") is not None
 
 
+def test_accuracies_are_drawn_where_their_numbers_say(page):
+    sheet = page()
+    table = sheet.locator(".controls")
+    ticks = table.locator("tfoot text")
+    boxes = {ticks.nth(i).text_content(): ticks.nth(i).bounding_box() for i in range(ticks.count())}
+    centre = {text: box["x"] + box["width"] / 2 for text, box in boxes.items()}
+    unit = (centre["100"] - centre["0"]) / 100
+    for name, low, value, high in (("with thoughts", 80, 83, 86), ("trained without", 22, 25, 28)):
+        row = table.locator("tbody tr", has_text=name).first
+        bar, span = row.locator("rect").bounding_box(), row.locator(".span line").first.bounding_box()
+        assert abs(bar["x"] - centre["0"]) < 3 and abs(bar["width"] - value * unit) < 3, name
+        assert abs(span["x"] - centre["0"] - low * unit) < 3 and abs(span["width"] - (high - low) * unit) < 3, name
+        rule = row.locator("line.zero").bounding_box()
+        assert abs(rule["x"] - centre["0"] - 13 * unit) < 3, "the accuracy without thoughts"
+
+
+def test_on_a_phone_a_control_keeps_its_numbers_named_below_each_other(page):
+    sheet = page(390)
+    row = sheet.locator(".controls tbody tr", has_text="shuffled")
+    boxes = [row.locator(place).first.bounding_box() for place in ("th", "td.n", ".draw")]
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"] and boxes[2]["width"] > 250
+    named = row.locator("td.n").evaluate_all("cells => cells.map(c => getComputedStyle(c, '::before').content)")
+    assert all("none" not in name for name in named) and len(named) == 3
+    first = sheet.locator(".controls tbody tr").first
+    assert not first.locator(".empty").is_visible(), "with thoughts loses nothing of its own gain"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_thought_stands_back_behind_its_answer(page, scheme):
+    sheet = page(scheme=scheme)
+    card = sheet.locator("#quietstar .talk li", has_text="add 38 25")
+    asked, thought, said = (card.locator(place).bounding_box() for place in (".asked", ".thought", ".said"))
+    assert asked["y"] + asked["height"] <= thought["y"] and thought["y"] + thought["height"] <= said["y"]
+    colours = [card.locator(place).evaluate("e => getComputedStyle(e).color") for place in (".thought", ".said")]
+    assert colours[0] != colours[1]
+    lines = [card.locator(".thought li").nth(i).bounding_box() for i in range(3)]
+    assert card.locator(".thought li").count() == 3 and lines[0]["y"] < lines[1]["y"] < lines[2]["y"]
+
+
 def test_every_link_leads_to_a_heading(page):
     sheet = page()
     links = sheet.locator("nav a")
-    assert links.count() == 8
+    assert links.count() == 9
     for place in range(links.count()):
         target = links.nth(place).get_attribute("href")
         assert sheet.locator(f"{target} h2").first.text_content(), target

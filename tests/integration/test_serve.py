@@ -25,6 +25,7 @@ from forgekit.infer.chat import conversation_ids
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
 from forgekit.models.io import write_model
+from tests.unit.test_infer_thinking import speaker
 from tests.unit.tiny import gpt_config, made, trm_config
 
 TOKENIZER = train_tokenizer(["hello world, this is some text with digits 123 and äöü 😀 €. "] * 5, 310)
@@ -168,6 +169,7 @@ def test_a_completion_is_the_engines(server):
         "prompt_tokens": want.prompt_tokens,
         "completion_tokens": made,
         "total_tokens": want.prompt_tokens + made,
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -175,7 +177,7 @@ def test_a_chat_answer_is_the_engines(server):
     messages = [
         {"role": "developer", "content": "be kind"},
         {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]},
-        {"role": "assistant", "content": "hi", "refusal": None, "reasoning_content": "not understood yet"},
+        {"role": "assistant", "content": "hi", "refusal": None, "reasoning_content": "forgotten"},
         {"role": "user", "content": "world"},
     ]
     ids = conversation_ids(TOKENIZER, [
@@ -278,6 +280,115 @@ def test_http_1_0_gets_an_unframed_stream(server):
     connection.sendall(head.encode() + data)
     answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
     assert "chunked" not in answer and answer.endswith("\n\ndata: [DONE]\n\n")
+
+
+# ---- thoughts
+
+
+@pytest.fixture(scope="module")
+def thinker():
+    """A server whose model wants to think, at great length where a user asks and briefly where a system told it to."""
+    engine = speaker(["<think>", "<step>hm", "<step>so" * 9, "</think>", "yes"], ["<think>ah</think>", "no"])
+    starts = [TOKENIZER.token_to_id(t) for t in ("<|user|>", "<|system|>")]
+    engine.model.lines |= dict(zip(starts, engine.model.lines.values()))
+    plain = Engine(MODEL, TOKENIZER)
+    plain.markers = None
+    with running_server({"thinker": engine, "plain": plain}, QUICK.replace(max_tokens=40, temperature=0)) as server:
+        yield server
+
+
+ASKED = {"model": "thinker", "messages": [{"role": "user", "content": "hello"}]}
+THOUGHT = "<step>hm" + "<step>so" * 9
+
+
+def thought_of(server, path=CHAT, **body):
+    """The first choice of an answer, and how many of its tokens were thought."""
+    status, answer = call(server, path, {**ASKED, **body} if path == CHAT else {"model": "thinker", **body})
+    assert status == 200, answer
+    return answer["choices"][0], answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+
+
+def test_thoughts_are_told_apart_from_the_answer(thinker):
+    choice, tokens = thought_of(thinker)
+    assert choice["message"]["content"] == "yes" and choice["message"]["reasoning_content"] == THOUGHT
+    assert tokens == len(TOKENIZER.encode(THOUGHT).ids) + 2
+    told = thought_of(thinker, messages=[{"role": "system", "content": "x"}, *ASKED["messages"]])[0]["message"]
+    assert (told["content"], told["reasoning_content"]) == ("no", "ah")
+    scored = thought_of(thinker, logprobs=True)[0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in scored) == "yes"
+
+
+def test_a_stream_tells_the_thought_before_the_answer(thinker):
+    events = stream(thinker, CHAT, {**ASKED, "stream_options": {"include_usage": True}})
+    assert events.pop()["usage"]["completion_tokens_details"]["reasoning_tokens"] > 2
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(d.get("reasoning_content", "") for d in deltas) == THOUGHT
+    assert "".join(d.get("content", "") for d in deltas) == "yes"
+    kinds = ["reasoning_content" in d for d in deltas if d.get("content") or "reasoning_content" in d]
+    assert kinds == sorted(kinds, reverse=True) and sum(kinds) > 1, "the thought came in one piece or after the answer"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"thinking": "off"}, {"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}],
+    ids=str,
+)
+def test_every_way_to_say_so_switches_thinking_off(thinker, field):
+    choice, tokens = thought_of(thinker, **field)
+    assert tokens == 0 and "reasoning_content" not in choice["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [
+        ({"thinking": "on", "thinking_budget": 3}, 3),
+        ({"thinking_budget": 4}, 4),
+        ({"reasoning_effort": "minimal"}, 5),
+        ({"reasoning_effort": "low"}, 10),
+        ({"reasoning_effort": "medium"}, 20),
+        ({"reasoning_effort": "high"}, 30),
+        ({"reasoning_effort": "low", "thinking_budget": 6, "thinking": "on"}, 6),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 30),
+    ],
+    ids=str,
+)
+def test_a_budget_ends_the_thought_and_the_answer_follows(thinker, field, most):
+    whole = len(TOKENIZER.encode(THOUGHT).ids)
+    choice, tokens = thought_of(thinker, **field)
+    assert tokens == min(most, whole) + 2 and choice["message"]["content"]
+
+
+def test_completions_think_only_where_they_are_asked_to(thinker):
+    choice, tokens = thought_of(thinker, TEXT, prompt=[40])
+    assert tokens == 0 and "reasoning_content" not in choice
+    for mode in ("auto", "on"):
+        choice, tokens = thought_of(thinker, TEXT, prompt=[40], thinking=mode)
+        assert (choice["text"], choice["reasoning_content"]) == ("yes", THOUGHT) and tokens > 2
+
+
+def test_what_a_server_thinks_by_default_is_a_setting():
+    engine = speaker(["<think>", "a" * 50, "</think>", "yes"])
+    engine.model.lines[TOKENIZER.token_to_id("<|user|>")] = engine.model.lines[40]
+    quiet = QUICK.replace(temperature=0, thinking="off", thinking_budget=3)
+    with running_server({"thinker": engine}, quiet) as server:
+        assert thought_of(server)[1] == 0 and thought_of(server, thinking="auto")[1] == 5
+
+
+def test_wrong_ways_to_ask_for_thoughts_are_refused(thinker):
+    for field, value, param in [
+        ("thinking", True, "thinking"),
+        ("thinking_budget", -1, "thinking_budget"),
+        ("reasoning_effort", "enormous", "reasoning_effort"),
+        ("chat_template_kwargs", {"enable_thinking": "no"}, "chat_template_kwargs.enable_thinking"),
+        ("chat_template_kwargs", {"tools": 1}, "chat_template_kwargs.tools"),
+    ]:
+        refusal(thinker, CHAT, {**ASKED, field: value}, 400, param)
+    both = {**ASKED, "thinking": "on", "reasoning_effort": "none"}
+    assert "contradicts reasoning_effort" in refusal(thinker, CHAT, both, 400, "thinking")
+    for path, body in (CHAT, ASKED), (TEXT, {"prompt": "hello"}):
+        refused = refusal(thinker, path, {**body, "model": "plain", "thinking": "on"}, 400, "thinking")
+        assert "no <think>" in refused
+        assert call(thinker, path, {**body, "model": "plain", "max_tokens": 3})[0] == 200
 
 
 # ---- refusals

@@ -27,8 +27,8 @@ def claim(text: str, verdict: str, **changes: Any) -> dict[str, Any]:
 
 
 def folder(storage: ModelStorage, phase: int = 1) -> Path:
-    """The folder of phase 1 or 2."""
-    return storage.session_path(SESSION) / ("phase1_cognate", "phase2_evomerge")[phase - 1]
+    """The folder of phase 1, 2 or 3."""
+    return storage.session_path(SESSION) / ("phase1_cognate", "phase2_evomerge", "phase3_quietstar")[phase - 1]
 
 
 def model(storage: ModelStorage, name: str, phase: str, second: int, parents: list[str]) -> str:
@@ -128,6 +128,98 @@ def phase_2(champion: str, parents: list[str], trunk: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def controls() -> list[dict[str, Any]]:
+    """The conditions of phase 3 in their order."""
+    rows = [
+        ("with thoughts", (0.83, 0.80, 0.86), None, "the model thinks, then answers"),
+        ("without thoughts", (0.13, 0.10, 0.16), None, "thinking switched off"),
+        ("shuffled thoughts", (0.18, 0.15, 0.21), (0.93, 0.88, 0.97), "the thought of another question <of its kind>"),
+        ("filler tokens", (0.125, 0.10, 0.15), (1.01, 0.97, 1.05), "as many neutral tokens"),
+        ("trained without thoughts", (0.25, 0.22, 0.28), None, "equal compute, answers only"),
+        ("parent", (0.12, 0.10, 0.14), None, "before this phase"),
+    ]
+    found = []
+    for name, (accuracy, low, high), lost, meaning in rows:
+        ends = dict(zip(("lost", "lost_low", "lost_high"), lost or (None, None, None)))
+        found.append({"condition": name, "accuracy": accuracy, "low": low, "high": high, "n": 600, **ends})
+        found[-1]["meaning"] = meaning
+    return found
+
+
+def theater(detected: bool = False) -> dict[str, Any]:
+    """The judgement of phase 3, with a requirement of every state."""
+    return {
+        "detected": detected,
+        "reasons": [
+            "yes: thoughts add +70.0 [+66.0, +74.0] points to thinking off; needs more than 0",
+            "no: filler thoughts lose 12 % [3, 21] of the gain; needs at least 50%" if detected
+            else "yes: filler thoughts lose 101 % [97, 105] of the gain; needs at least 50%",
+            "not used: coherence and right answers: coherence was not scored",
+        ],
+        "predictive_power": {"value": 0.99, "low": 0.98, "high": 1.0},
+        "correlation": {"value": 0.41, "low": 0.33, "high": 0.49, "note": "over 600 questions"},
+    }  # fmt: skip
+
+
+def examples() -> list[dict[str, Any]]:
+    """A right thought, a wrong one, and one full of markup that is no thought."""
+    keys = ("asked", "thought", "answered", "expected", "right", "valid", "strategy", "note")
+    rows = [
+        ("add 38 25", "<think><expert>clerk<step>8+5+0=13<step>3+2+1=6</think>", "63", "63", True, True, "expert", ""),
+        ("add 57 66", "<step>7+6+0=13<step>5+6+1=13", "133", "123", False, False, "mece", "wrong: step 2 is false"),
+        (
+            "copy x",
+            f"{NASTY}<step></step><reason>[b]c",
+            "",
+            "x",
+            False,
+            False,
+            "multi_domain",
+            "[red]as it is[/]",
+        ),
+    ]
+    return [dict(zip(keys, row)) for row in rows]
+
+
+def phase_3(thinker: str, champion: str) -> dict[str, Any]:
+    """``result.json`` of phase 3."""
+    evidence = [
+        claim("thoughts help where the parent is below half", "improved", before=0.12, after=0.83, ci95=[0.67, 0.75]),
+        claim("thinker keeps its skills", "no-difference", metric="skills_with_grace", before=0.5,
+              after=0.505, ci95=[-0.01, 0.02]),
+        claim("step 2 at equal compute", "worse", metric="nats_per_token", chance=None, before=1.87, after=1.88,
+              ci95=[0.004, 0.016]),
+        claim("thoughts are valid", "improved", metric="valid_thoughts", chance=None, before=0.75, after=0.9,
+              ci95=[0.12, 0.17]),
+    ]  # fmt: skip
+    levels = {"parent": {"add/2": 0.0, "add/3": 0.0}, "thinker": {"add/2": 1.0, "add/3": 0.875}}
+    levels["no thoughts"] = {"add/2": 0.25}
+    thoughts = {"total": 600, "valid": 540, "validity_rate": 0.9, "coherence": 0.78, "semantic": 0.71, "logical": 0.93}
+    thoughts |= {"relevance": 0.66, "fluency": 0.81, "length": 31.2, "milliseconds": 2.1}
+    thoughts["by_strategy"] = {"mece": {"share": 0.13, "valid": 0.91, "right": 0.9}, "multi_domain": {"share": 0.2}}
+    thoughts["by_family"] = {"add": {"valid": 0.95, "right": 0.9, "n": 300}, "walk": {"valid": 0.8, "n": 300}}
+    one = {"traces": 22424, "duplicates": 76, "refused": 0, "held_out_valid": 0.88, "converged": True}
+    one["losses"] = [[100, 2.0], [200, 0.9], [300, 0.5]]
+    two = {
+        "chosen": "step 1",
+        "why": "step 2 answers no better on the select split",
+        "rewards": [[10, 0.01], [20, 0.02]],
+    }
+    two |= {"nats": {"before": 1.9, "after": 1.88, "continued": 1.87}, "select": {"step 1": 0.82, "step 2": 0.81}}
+    two["listening"] = [[10, 0.1], [20, 0.15]]
+    metrics = {"levels": levels, "controls": controls(), "theater": theater(), "thoughts": thoughts}
+    metrics["steps"] = {"one": one, "two": two}
+    said = talk(("thinker",))
+    said[0]["thought"] = "<expert>clerk<step>1 2"
+    artifacts = {"all_models": [thinker], "model_names": ["thinker"], "conversation": said, "examples": examples()}
+    artifacts["gate"] = {"passed": True, "reasons": ["yes: thoughts help needs improved"]}
+    return {
+        "key": {"config": "9" * 64, "inputs": [champion], "data": ""}, "success": True, "model": thinker,
+        "phase_name": "quietstar", "metrics": metrics, "artifacts": artifacts, "duration_seconds": 170.0,
+        "config": {}, "error": None, "start_time": "", "end_time": "", "evidence": evidence,
+    }  # fmt: skip
+
+
 def write_result(storage: ModelStorage, phase: int, result: dict[str, Any]) -> Path:
     """Put ``result.json`` in its place."""
     path = folder(storage, phase) / "result.json"
@@ -137,17 +229,21 @@ def write_result(storage: ModelStorage, phase: int, result: dict[str, Any]) -> P
 
 
 def sample_session(root: Path, phases: int = 2, status: str = "completed") -> ModelStorage:
-    """A store with one session: both phases, the first one, or (0) a session that has only begun."""
+    """A store with one session: three phases, two, the first one, or (0) a session that has only begun."""
     storage = ModelStorage(root)
-    profile = {"name": "nano", "gate": "fall_back", "phases": {"cognate": {}, "evomerge": {}}}
+    planned = ("cognate", "evomerge", "quietstar")[: max(2, phases)]
+    profile = {"name": "nano", "gate": "fall_back", "phases": {name: {} for name in planned}}
     storage.registry.create_session({"profile": profile, "data": None, "until": None}, SESSION)
     if phases:
         events(storage)
         trunk = model(storage, "trunk", "cognate", 1, [])
         made = [model(storage, name, "cognate", 2 + i, [trunk]) for i, name in enumerate(SPECIALISTS)]
         write_result(storage, 1, phase_1(trunk, made))
-    if phases == 2:
+    if phases >= 2:
         champion = model(storage, "champion", "evomerge", 9, [*made, trunk])
         write_result(storage, 2, phase_2(champion, made, trunk))
+    if phases >= 3:
+        thinker = model(storage, "thinker", "quietstar", 12, [champion])
+        write_result(storage, 3, phase_3(thinker, champion))
     storage.registry.update_session(SESSION, status=status)
     return storage

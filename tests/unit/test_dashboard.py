@@ -16,7 +16,11 @@ from agent_forge.dashboard.charts import Axis
 from agent_forge.dashboard.collect import collect
 from agent_forge.dashboard.markdown import markdown, safe
 from agent_forge.dashboard.page import drawn_models, html_page
+from agent_forge.dashboard.phase_section import phase_section
 from agent_forge.dashboard.style import CSS
+from agent_forge.dashboard.thoughts import conversation, segments, thinking
+from agent_forge.dashboard.thoughts_section import thinking_section
+from agent_forge.dashboard.tree import Estimate, Thinking
 from forgekit.errors import ArtifactError
 from forgekit.measure.evidence import Evidence
 from forgekit.store.storage import ModelStorage
@@ -64,6 +68,12 @@ def storage(tmp_path) -> ModelStorage:
 @pytest.fixture
 def report(storage):
     return collect(storage, sample.SESSION)
+
+
+@pytest.fixture
+def thoughtful(tmp_path):
+    """The report of a session whose third phase taught a model to think."""
+    return collect(sample.sample_session(tmp_path / "third", phases=3), sample.SESSION)
 
 
 # What is read
@@ -389,6 +399,7 @@ def test_text_colours_have_the_contrast_of_wcag_aa(scheme):
     pairs += [(tone, f"{tone}-bg") for tone in ("good", "bad", "even", "mute")]
     pairs += [(tone, "card") for tone in ("good", "bad", "even", "mute")] + [("card", f"s{i}") for i in range(4)]
     pairs += [(c, f"{tone}-bg") for c in ("ink", "soft") for tone in ("good", "bad", "even", "mute")]
+    pairs += [(c, f"{tone}-bg") for c in ("good", "bad", "mute") for tone in ("good", "bad", "mute")]
     assert {pair: round(r, 2) for pair in pairs if (r := contrast(*(colours[c] for c in pair))) < 4.5} == {}
     assert all(contrast(colours[f"s{i}"], colours["card"]) >= 3 for i in range(6))
 
@@ -414,14 +425,17 @@ def test_markdown_tells_the_same_and_no_table_breaks(report):
                  "champion (evomerge) from reasoning, memory\\_integration, adaptive\\_computation, trunk; handed on",
                  "Floor of diversity: 0.125.", "What happened then:", "## How to reproduce it"):  # fmt: skip
         assert line in told, line
-    rows = [line for line in told.splitlines() if line.startswith("|")]
-    widths, last = [], 0
+    assert whole_rows(told) > 40
+
+
+def whole_rows(told: str) -> int:
+    """The number of table rows; fails where one has more or fewer cells than the row above it."""
+    rows, last = 0, 0
     for line in told.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
         assert not (last and cells) or cells == last, line
-        last = cells
-        widths.append(cells)
-    assert len(rows) > 40
+        rows, last = rows + bool(cells), cells
+    return rows
 
 
 def test_markdown_escapes_what_would_be_markup():
@@ -430,6 +444,145 @@ def test_markdown_escapes_what_would_be_markup():
 
 def test_answers_in_markdown_stand_in_longer_fences(report):
     assert "`` <script>alert('x')</script> & \\| `77` ``" in markdown(report)
+
+
+# Thoughts
+
+
+def test_what_phase_3_left_is_read(thoughtful):
+    phase = thoughtful.phases[2]
+    found = phase.thinking
+    assert (phase.number, phase.state, phase.inputs) == (3, "finished", thoughtful.phases[1].made)
+    assert [one.name for one in found.conditions][:3] == ["with thoughts", "without thoughts", "shuffled thoughts"]
+    assert found.conditions[2].lost == Estimate(0.93, 0.88, 0.97) and found.conditions[0].lost is None
+    assert found.theater.detected is False and found.theater.power == Estimate(0.99, 0.98, 1.0)
+    assert found.totals["valid"] == 540 and "by_strategy" not in found.totals
+    assert found.strategies["multi_domain"] == {"share": 0.2} and found.families["add"]["n"] == 300
+    assert found.one.converged is True and found.one.losses == ((100, 2.0), (200, 0.9), (300, 0.5))
+    assert found.two.chosen == "step 1" and found.two.nats["continued"] == 1.87 and len(found.two.listening) == 2
+    assert [one.right for one in found.examples] == [True, False, False] and found.examples[1].valid is False
+    assert phase.conversation[0].thought == "<expert>clerk<step>1 2" and phase.conversation[1].thought == ""
+    assert thoughtful.phases[0].thinking == Thinking()
+
+
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        ("<think><expert>clerk<step>8+5+0=13</think>", [("expert", "clerk"), ("step", "8+5+0=13")]),
+        ("as money <doubt> no", [("", "as money"), ("doubt", "no")]),
+        ("<step><step>1", [("step", ""), ("step", "1")]),
+        ("<think>", []),
+        ("", []),
+    ],
+)
+def test_a_thought_is_cut_at_its_markers_whatever_it_is(thought, expected):
+    assert segments(thought) == expected
+
+
+def test_the_page_tells_whether_the_thoughts_carry_the_answers(thoughtful):
+    html = html_page(thoughtful)
+    page = plain(html)
+    order = ["The model learns to think before it answers", "Do the thoughts carry the answers?",
+             "No theater: every requirement", "Measured beside the controls", "Example thoughts",
+             "What the thoughts are like", "Step 1: learning to think", "Step 2: Quiet-STaR", "thoughts help where",
+             "no thoughts add 2 0 100 25"]  # fmt: skip
+    places = [page.find(told, page.find("The model learns")) for told in order]
+    assert -1 not in places and places == sorted(places), list(zip(order, places))
+    for told in ("Finished: phases 1 (cognate), 2 (evomerge) and 3 (quietstar).",
+                 "with thoughts the model thinks, then answers 83.0 % (80.0 to 86.0) – 600",
+                 "18.0 % (15.0 to 21.0) 93.0 % (88.0 to 97.0) 600", "? not used coherence and right answers",
+                 "99.0 % (98.0 to 100.0)", "0.410 (0.330 to 0.490)", "540 of 600 (90.0 %)", "2.10 ms",
+                 "mece 13.0 % 91.0 % 90.0 %", "walk 300 80.0 % –", "22,424 written thoughts", "It converged.",
+                 "1.900 before step 2, 1.880 after step 2, 1.870 after as much training without thoughts.",
+                 "step 2 changed it by +0.01: worse.", "Kept: the model of step 1: step 2 answers no better",
+                 "share of exact answers, 3 points of grace given", "validation nats per predicted token (less is",
+                 "share of valid thoughts", "thought, not valid step 7+6+0=13 step 5+6+1=13 answered 133",
+                 "wrong: step 2 is false", "After phase 3: 1 of 2 right"):  # fmt: skip
+        assert told in page, told
+    assert page.count("Training loss on written thoughts") == 2, "its heading and its chart's name"
+    assert "passed: 1 of 1 requirement met No theater" in page
+
+
+def test_a_thought_stands_apart_and_stays_text(thoughtful):
+    html = html_page(thoughtful)
+    page = Page(html)
+    assert page.wrong == [] and not {"script", "step", "reason", "b>"} & {tag for tag, _ in page.tags}
+    assert len([a for a in page.of("div") if a.get("class") == "thought"]) == 4
+    assert "&lt;/step&gt;" in html and "[red]as it is[/]" in html
+    assert "asked copy 1 2 thought expert clerk step 1 2 answered 1 2 thinker" in plain(html)
+    assert html.count("<table") == html.count("<caption>")
+
+
+@pytest.mark.parametrize(
+    ("detected", "said", "looks"),
+    [
+        (True, "Theater detected", "judged worse"),
+        (False, "No theater", "judged improved"),
+        (None, "not judged", "no-"),
+    ],
+)
+def test_the_judgement_is_told_as_it_was_recorded(thoughtful, detected, said, looks):
+    phase = thoughtful.phases[2]
+    theater = thinking({"theater": {**sample.theater(bool(detected)), "detected": detected}}, {})
+    html = phase_section(type(phase)(**{**phase.__dict__, "thinking": theater}))
+    assert said in plain(html) and looks in html
+    assert ("not met filler thoughts lose 12 % [3, 21]" in plain(html)) is bool(detected)
+
+
+def test_accuracies_are_drawn_from_nothing_to_all():
+    drawn = charts.level_mark(Axis(0, 1, 100), 0.5, (0.25, 0.75), "told & told", "s1", 0.25)
+    assert '<rect class="fill s1" x="7.00%" width="43.00%"' in drawn and "told &amp; told" in drawn
+    assert '<line x1="28.50%" x2="71.50%"' in drawn and '<line class=zero x1="28.50%"' in drawn
+    assert "class=span" not in charts.level_mark(Axis(0, 1), 0.5, None, "no interval")
+
+
+WRONG = (None, [], {}, "text", 7, True, [None, 3, "x", [], {}], {"a": None, "b": [1], "c": {"d": "e"}}, float("nan"))
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize(
+    "path",
+    ["metrics", "artifacts", "metrics.controls", "metrics.theater", "metrics.thoughts", "metrics.steps",
+     "metrics.levels", "metrics.theater.reasons", "metrics.theater.correlation", "metrics.theater.predictive_power",
+     "metrics.thoughts.by_strategy", "metrics.thoughts.by_family", "metrics.thoughts.total", "metrics.steps.one",
+     "metrics.steps.one.losses", "metrics.steps.one.traces", "metrics.steps.two", "metrics.steps.two.nats",
+     "metrics.steps.two.rewards", "metrics.steps.two.why", "artifacts.examples", "artifacts.conversation"],
+)  # fmt: skip
+def test_no_damage_to_phase_3_spoils_the_rest(thoughtful, path, value):
+    result = sample.phase_3("thinker", "champion")
+    inside = result
+    *above, last = path.split(".")
+    for name in above:
+        inside = inside[name]
+    inside[last] = value
+    metrics, artifacts = (result[k] if isinstance(result[k], dict) else {} for k in ("metrics", "artifacts"))
+    phase = thoughtful.phases[2]
+    changes = {"thinking": thinking(metrics, artifacts), "conversation": conversation(artifacts.get("conversation"))}
+    broken = type(phase)(**{**phase.__dict__, **changes})
+    found = type(thoughtful)(**{**thoughtful.__dict__, "phases": (*thoughtful.phases[:2], broken)})
+    assert not Page(html_page(found)).wrong and whole_rows(markdown(found))
+    assert "nan" not in plain(phase_section(broken))
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_row_of_the_controls_may_miss_anything(place):
+    keys = ("condition", "accuracy", "low", "n", "lost", "meaning")
+    rows = [{k: v for k, v in row.items() if k != keys[place]} for row in sample.controls()]
+    found = thinking({"controls": rows}, {})
+    assert len(found.conditions) == 6 and not Page(thinking_section(found)).wrong
+    assert (found.conditions[0].accuracy.low is None) is (keys[place] in ("low", "accuracy"))
+
+
+def test_markdown_tells_of_thoughts_too(thoughtful):
+    told = markdown(thoughtful)
+    for line in ("| with thoughts | 83.0 % (80.0 to 86.0) | – | 600 | the model thinks, then answers |",
+                 "**No theater: every requirement that could be computed is met.**", "### Step 2: Quiet-STaR",
+                 "| `expert: clerk → step: 8+5+0=13 → step: 3+2+1=6` | `63` | right | thought valid |",
+                 "| thinker | `copy 1 2` | `expert: clerk → step: 1 2` | `1 2` | right |",
+                 "- not used: coherence and right answers"):  # fmt: skip
+        assert line in told, line
+    assert "&lt;of its kind&gt;" in told and whole_rows(told) > 80
+    assert markdown(thoughtful).count("### Training loss") == 1, "phase 3 tells its loss with step 1"
 
 
 # The house

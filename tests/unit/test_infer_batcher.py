@@ -30,7 +30,6 @@ from forgekit.infer.batcher import (
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig, row_generator
 from forgekit.infer.states import join_states, joinable, take_rows
-from forgekit.infer.text import TextStream
 from forgekit.models.base import Output
 from tests.unit.tiny import gpt_config, made, trm_config
 
@@ -80,8 +79,8 @@ def some_requests(rng, count):
 
 
 def row_of(engine, request):
-    text = TextStream(engine.tokenizer, request.config.stop)
-    return Row(0, Job(1), request, list(request.prompt), text, row_generator(request.config.seed, request.place))
+    prompt, generator = list(request.prompt), row_generator(request.config.seed, request.place)
+    return Row(0, Job(1), request, prompt, engine.speech(prompt, request.config, None), generator)
 
 
 def run_schedule(engine, requests, config, rng):

@@ -11,7 +11,7 @@ from torch import nn
 from forgekit.data.tokenizer import END, question, train_tokenizer
 from forgekit.errors import ConfigError, ForgeError
 from forgekit.infer.chat import Chat, conversation_ids
-from forgekit.infer.engine import Engine, Session
+from forgekit.infer.engine import Engine, Session, _Decoding
 from forgekit.infer.sampling import SamplingConfig
 from forgekit.infer.text import TextStream
 from forgekit.models.base import CausalLM, Output
@@ -46,10 +46,12 @@ def make(config, seed=0):
 
 
 def uncached(model, prompt, count):
-    """Greedy tokens by scoring the whole text anew each time, up to the first near tie."""
+    """Greedy tokens by scoring the whole text anew each time, up to the first near tie; no thoughts."""
     ids = list(prompt)
     for _ in range(count):
-        top = model(torch.tensor([ids])).logits[0, -1].topk(2)
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        logits[[TOKENIZER.token_to_id(marker) for marker in ("<think>", "</think>")]] = -torch.inf
+        top = logits.topk(2)
         if top.values[0] - top.values[1] < 1e-3:
             break
         ids.append(top.indices[0].item())
@@ -95,7 +97,7 @@ def test_cached_logits_equal_uncached(family, window, t_max, chunk, lengths, see
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_greedy_batch_equals_single_runs_and_uncached(config):
     model = make(config)
-    engine, settings_ = Engine(model, TOKENIZER), SamplingConfig(max_tokens=30)
+    engine, settings_ = Engine(model, TOKENIZER), SamplingConfig(max_tokens=30, thinking="off")
     prompts = [[40], list(range(50, 61)), "hello", [40, 41, 42, 43]]
     together = engine.generate(prompts, settings_)
     assert isinstance(model, CausalLM)
@@ -184,6 +186,21 @@ def test_finished_rows_leave_the_batch():
     assert engine.model.training, "eval mode was not undone"
 
 
+def test_more_prompts_than_memory_allows_are_answered_in_several_batches(monkeypatch):
+    engine = Engine(make(CONFIGS[2]), TOKENIZER)
+    prompts, sampling = [[40 + i] * (1 + i % 3) for i in range(7)], SamplingConfig(max_tokens=6, temperature=1.0)
+    want = engine.generate(prompts, sampling)
+    monkeypatch.setattr("forgekit.infer.engine.MOST_SCORES", 3 * 3 * V)
+    sizes, prefill = [], _Decoding.prefill
+
+    def noted(decoding, mark=None):
+        sizes.append(len(decoding.active))
+        prefill(decoding, mark)
+
+    monkeypatch.setattr(_Decoding, "prefill", noted)
+    assert engine.generate(prompts, sampling) == want and sizes == [3, 3, 1]
+
+
 def test_every_modules_mode_is_restored_also_after_an_error():
     engine, _ = speaker("x")
     engine.model.extra = nn.Dropout().eval()
@@ -196,7 +213,7 @@ def test_every_modules_mode_is_restored_also_after_an_error():
 
 
 def test_reserved_tokens_are_not_rendered():
-    engine, ids = speaker(f"<think>hello</think> world<|spare_3|>{END}")
+    engine, ids = speaker(f"<step>hello<mece> world<|spare_3|>{END}")
     (result,) = engine.generate([[40]])
     assert result.text == "hello world" and result.tokens == ids[0]
 

@@ -39,7 +39,7 @@ from agent_forge.pipeline.conversation import converse
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import require_free
 from forgekit.data.gym import Problem
-from forgekit.data.plans import GymMix, TextPlan
+from forgekit.data.plans import GymMix, TextPlan, minus
 from forgekit.data.problems import held_out
 from forgekit.data.texts import load_texts
 from forgekit.models.io import read_model
@@ -290,6 +290,7 @@ class EvoMergePhase(PhaseController):
             return done["model_id"], model
         row = facts["table"][CHAMPION]["report"]
         everyone = [*field.parents, field.base]
+        practised = minus((part for one in everyone for part in one.speciality), ())
         metadata = {
             "parents": [one.model_id for one in everyone if one.made_here],
             "config_hash": facts["key"],
@@ -301,7 +302,7 @@ class EvoMergePhase(PhaseController):
             "fitness": row["composite"],
             "merge_technique": facts["recipe"],
             "recipe": winner.recipe.model_dump(mode="json"),
-            "speciality": [part.model_dump(mode="json") for one in everyone for part in one.speciality[:1]],
+            "speciality": [part.model_dump(mode="json") for part in practised],
             "metrics": {name: row[name] for name in ("composite", "accuracy", "bits_per_byte", "flops_per_token")},
         }
         about = {

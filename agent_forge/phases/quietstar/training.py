@@ -1,0 +1,123 @@
+"""The trainings of phase 3: each is found again when it is finished, and goes on from its checkpoint when it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from agent_forge.pipeline.phase import PhaseContext, Progress
+from forgekit.store import fsio
+from forgekit.train.config import TrainConfig
+from forgekit.train.distributed import agreed
+from forgekit.train.loop import BatchSource, StepInfo, Trainer
+
+Watch = Callable[[int], dict[str, Any]]
+"""Looks at the model after a step; what it returns is kept in the history."""
+
+
+class Workshop:
+    """Trains the phase's models one after another.
+
+    Args:
+        context: folder, events, progress.
+        key: fingerprint of everything that decides the results: settings, parent, data.
+    """
+
+    def __init__(self, context: PhaseContext, key: str) -> None:
+        self.context, self.key = context, key[:12]
+        self.folder = context.folder / "pieces"
+
+    def train(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        data: BatchSource,
+        train: TrainConfig,
+        watch: tuple[frozenset[int], Watch] | None = None,
+    ) -> dict[str, Any]:
+        """Train in place, or take over what an earlier start finished.
+
+        Args:
+            name: of the piece, shown to people.
+            watch: steps after which to look at the model, and how.
+
+        Returns:
+            ``losses``, ``tokens``, and ``history``: by step what was observed.
+        """
+        path = self.folder / f"{name.replace(' ', '-')}-{self.key}.safetensors"
+        record = agreed(lambda: _restored(path))
+        if record is None:
+            record = self._trained(name, model, data, train, watch)
+            whole = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+            agreed(lambda: fsio.write_atomic(path, save(whole, {"record": json.dumps(record)})))
+        else:
+            with safe_open(str(path), "pt") as file:
+                model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})
+            self.context.show(Progress(name, train.steps, train.steps, "already made"))
+        model.eval()
+        return record
+
+    def _trained(self, name: str, model, data, train: TrainConfig, watch) -> dict[str, Any]:
+        folder = self.context.folder / "checkpoints" / f"{name.replace(' ', '-')}-{self.key}"
+        history = History(folder / "history.json")
+        trainer = Trainer(model, data, train, folder, self.context.logger, self._observer(name, train, history, watch))
+        report = trainer.run()
+        agreed(lambda: folder.is_dir() and fsio.remove_tree(folder))
+        self.context.logger.event("trained", name=name, tokens=report.tokens, losses=report.losses)
+        return {"losses": report.losses, "tokens": report.tokens, "history": history.rows}
+
+    def _observer(self, name: str, train: TrainConfig, history: History, watch):
+        steps, look = watch or (frozenset(), dict)
+
+        def observe(info: StepInfo) -> None:
+            note = f"loss {info.loss_avg_100:.3f}  {info.tokens_per_second:,.0f} tokens/s"
+            if "reward_mean" in info.parts:
+                note += f"  reward {info.parts['reward_mean']:.4f}"
+            self.context.show(Progress(name, info.step, info.steps, f"{note}  {info.seconds_left:.0f} s left"))
+            seen = agreed(lambda: look(info.step)) if info.step in steps else {}
+            if not seen and info.step % train.log_every and info.step != info.steps:
+                return
+            values = {"loss": info.loss, "grad_norm": info.grad_norm, "learning_rate": info.learning_rate, **info.parts}
+            history.add(info.step, {**values, **seen})
+            self.context.logger.event("quietstar_step", name=name, step=info.step, **values)
+
+        return observe
+
+    def clear(self) -> None:
+        """Delete the finished pieces: their results are in the artifact and the evidence."""
+        fsio.remove_tree(self.folder)
+
+
+class History:
+    """What was observed, by step; on the disk, so that a resumed training has all of it.
+
+    Args:
+        path: a JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Keep the values of a step; an earlier run's later steps are forgotten, they come again."""
+        self.rows = {key: row for key, row in self.rows.items() if int(key) < step} | {str(step): values}
+        fsio.write_atomic(self.path, json.dumps(self.rows).encode())
+
+
+def _restored(path: Path) -> dict[str, Any] | None:
+    """The record of a finished piece; a damaged one counts as not there and is made again."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            return json.loads(file.metadata()["record"])
+    except (SafetensorError, OSError, ValueError, KeyError):
+        path.unlink()
+        return None
