@@ -33,6 +33,7 @@ FOLDERS = {
     "agent_forge": "the Forge: profiles and everything that makes models",
     "agent_forge/pipeline": "phases, sessions, the orchestrator",
     "agent_forge/phases": "one folder per phase",
+    "agent_forge/prompt_baking": "a prompt's effect moved into the weights",
     "agent_forge/merging": "merge methods as typed functions, whole folders, the search over merges",
     "agent_forge/export": "models for other programs: the Hugging Face layout and its card",
     "agent_forge/dashboard": "the report page, from what the sessions left on disk",

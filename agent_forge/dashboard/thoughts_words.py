@@ -10,7 +10,7 @@ SHARE = "exact_match"
 """A metric that is shown in per cent."""
 CONTROLS = ("condition", "right (95 %)", "of the gain lost (95 %)", "questions", "what was done")
 """Names of what :func:`control_rows` gives."""
-STRATEGIES = ("strategy", "of all thoughts", "valid", "right answers")
+STRATEGIES = ("strategy", "chosen freely", "asked by name: followed", "valid", "right answers")
 FAMILIES = ("task", "thoughts", "valid", "right answers")
 NATS = (
     ("before", "before step 2"),
@@ -117,8 +117,9 @@ def totals_line(thinking: Thinking) -> str:
 
 
 def strategy_rows(thinking: Thinking) -> list[list[str]]:
-    """Each strategy with its share of the thoughts, of those the valid ones, and right answers after them."""
-    keys = ("share", "valid", "right")
+    """Each strategy: its share of the free thoughts; where a system message asks for it, how often it is followed, and
+    how many of those thoughts are valid and lead to right answers."""
+    keys = ("share", "followed", "valid", "right")
     return [
         [words.plain(name), *(words.value(row.get(key), SHARE) for key in keys)]
         for name, row in thinking.strategies.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,10 +31,9 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, config: PromptBakingConfig) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ModuleNotFoundError as error:
-            raise ResourceError(f"needs the package {error.name}", where="baking", remedy="pip install peft") from None
+        require_peft()
+        from peft import LoraConfig, inject_adapter_in_model
+
         names = linear_maps(model, config.targets)
         self.model = model
         self._wanted_gradients = {p: p.requires_grad for p in model.parameters()}
@@ -74,6 +74,16 @@ class Adapters:
         del self.model.peft_config  # peft leaves it on the model it was given
         for p, wanted in self._wanted_gradients.items():
             p.requires_grad_(wanted)
+
+
+def require_peft() -> None:
+    """Make sure that adapters can be made, before anything is computed.
+
+    Raises:
+        ResourceError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ResourceError("needs the package peft", where="baking", remedy="pip install peft")
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:

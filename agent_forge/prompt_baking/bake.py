@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from agent_forge.pipeline.phase import Progress
-from agent_forge.prompt_baking.adapters import Adapters
+from agent_forge.prompt_baking.adapters import Adapters, require_peft
 from agent_forge.prompt_baking.config import PromptBakingConfig
 from agent_forge.prompt_baking.contexts import Contexts, default_contexts, divided
-from agent_forge.prompt_baking.divergence import Head, chunk_size, divergence
+from agent_forge.prompt_baking.divergence import chunk_size, divergence
 from agent_forge.prompt_baking.sides import Sides, sides_of
 from agent_forge.prompt_baking.trajectories import Lessons, Trajectory, answers_read, sample
 from forgekit.errors import ConfigError
@@ -34,6 +34,7 @@ from forgekit.train.setup import training_device
 Show = Callable[[Progress], None]
 NOTHING = 1e-4
 """Nats per token below which a prompt changes nothing worth baking."""
+_USES = ("train", "decide", "report")
 HALVINGS = 12
 """Steps of the bisection that scales the adapters: to one part in four thousand."""
 
@@ -45,22 +46,29 @@ class HeldOut:
     Attributes:
         prompt: the teacher's.
         trajectories: the answers.
-        teacher: its features (T, D) for every answer.
-        head: its output head.
+        teacher: its features (T, D) for every answer, on the CPU.
+        reader: a model with the teacher's output head.
         chunk: positions whose distributions are computed at once.
     """
 
     prompt: str
     trajectories: list[Trajectory]
     teacher: list[Tensor]
-    head: Head
+    reader: Any
     chunk: int
+
+    def features(self, device: torch.device) -> Tensor:
+        """The teacher's features of all answers, (N, D), and its head with them on the device."""
+        self.reader.to(device)
+        return torch.cat(self.teacher).to(device)
 
     def divergence(self, model: nn.Module) -> np.ndarray:
         """KL(teacher || unprompted model) in nats per token, one mean per answer."""
-        given = answers_read(model, self.trajectories, prompted=False)
+        device = next(model.parameters()).device
+        given_ND = torch.cat(answers_read(model, self.trajectories, prompted=False)).to(device)
         with torch.inference_mode():
-            flat = divergence(torch.cat(self.teacher), torch.cat(given), (self.head, model.read_out), self.chunk)
+            heads = (self.reader.read_out, model.read_out)
+            flat = divergence(self.features(device), given_ND, heads, self.chunk)
         sizes = [len(one.answer) for one in self.trajectories]
         return np.array([float(part.double().mean()) for part in flat.cpu().split(sizes)])
 
@@ -181,6 +189,7 @@ def bake_prompt(
     sides = sides_of(model, tokenizer)
     chosen = _contexts(contexts, config, sides, prompts)
     check_head(model)
+    require_peft()
     baked = Baked(copy.deepcopy(model).eval(), sides, config, chosen, notes=list(sides.notes))
     baked.model.to(training_device(config.device))
     oven = _Oven(baked, show or (lambda progress: None))
@@ -227,15 +236,17 @@ class Student(nn.Module):
     """What the training loop trains: the adapters alone. The frozen model is out of its sight, or every snapshot and
     every average would copy it; it stays in eval mode, because dropout would be noise between two equal sides."""
 
-    def __init__(self, model: nn.Module, adapters: Adapters, teacher: tuple[Tensor, Head], chunk: int) -> None:
+    def __init__(self, model: nn.Module, adapters: Adapters, teacher: tuple[Tensor, nn.Module], chunk: int) -> None:
         super().__init__()
         self.adapters = nn.ParameterList(adapters.parameters.values())
         self.config, self.chunk = model.config, chunk
-        self.teacher_ND, self.head = teacher
-        self.__dict__["base"] = model
+        self.teacher_ND, reader = teacher
+        self.__dict__.update(base=model, reader=reader)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.base._apply(fn)
+        if self.reader is not self.base:
+            self.reader._apply(fn)
         return super()._apply(fn, recurse)
 
     def training_loss(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Loss:
@@ -244,7 +255,7 @@ class Student(nn.Module):
         at_N = supervised_positions(labels_BT)
         rows_N = labels_BT.reshape(-1)[at_N].to(self.teacher_ND.device)
         teacher_ND = self.teacher_ND[rows_N].to(h_BTD.device)
-        heads = (self.head, self.base.read_out)
+        heads = (self.reader.read_out, self.base.read_out)
         nats_N = divergence(teacher_ND, h_BTD.flatten(0, 1)[at_N], heads, self.chunk)
         nats = nats_N.sum() / max(1, nats_N.numel())
         return Loss(nats, nats.detach(), nats_N.numel())
@@ -260,14 +271,14 @@ class _Oven:
 
     def held_out(self, prompt: str, contexts: Sequence[str], key: tuple[int, ...]) -> HeldOut:
         """Answers of the model as it is now, prompted, and what it knew."""
-        found = self._sampled(prompt, contexts, (self.config.held_out, *key))
+        found = self._sampled(prompt, contexts, self.config.held_out, key)
         teacher = answers_read(self.model, found, prompted=True)
-        return HeldOut(prompt, found, teacher, self._head(), self.chunk)
+        return HeldOut(prompt, found, teacher, self._reader(), self.chunk)
 
     def bake(self, prompt: str, key: tuple[int, int]) -> Stage:
         """Move the prompt's effect into the weights."""
         stage, contexts = Stage(prompt), self.baked.contexts
-        lessons = self._sampled(prompt, contexts.train, (self.config.trajectories, *key, 0))
+        lessons = self._sampled(prompt, contexts.train, self.config.trajectories, (*key, 0))
         decide = self.held_out(prompt, contexts.decide, (*key, 1))
         teacher = torch.cat(answers_read(self.model, lessons, prompted=True))
         stage.before = stage.after = float(decide.divergence(self.model).mean())
@@ -277,7 +288,7 @@ class _Oven:
             return stage
         adapters = Adapters(self.model, self.config)
         try:
-            student = Student(self.model, adapters, (teacher, decide.head), self.chunk)
+            student = Student(self.model, adapters, (teacher, decide.reader), self.chunk)
             best = self._train(student, lessons, decide, stage)
             adapters.load(best)
             self._scale(adapters, decide, stage)
@@ -287,18 +298,17 @@ class _Oven:
         adapters.merge()
         return stage
 
-    def _sampled(self, prompt: str, contexts: Sequence[str], key: tuple[int, ...]) -> list[Trajectory]:
-        count, found = key[0], []
+    def _sampled(self, prompt: str, contexts: Sequence[str], count: int, key: tuple[int, ...]) -> list[Trajectory]:
+        found: list[Trajectory] = []
         asked = [contexts[i % len(contexts)] for i in range(count)]
-        for part in sample(self.engine, self.baked.sides, (prompt, asked), self.config, key[1:]):
+        for part in sample(self.engine, self.baked.sides, (prompt, asked), self.config, key):
             found += part
-            self.show(Progress("answers", len(found), count))
+            self.show(Progress(f"answers to {_USES[key[-1]]}", len(found), count))
         return found
 
-    def _head(self) -> Head:
-        """The output head as it is now; adapters reach it only where a recursion belongs to it."""
-        recursive = getattr(self.model.config, "t_max", 0)
-        return (copy.deepcopy(self.model) if recursive else self.model).read_out
+    def _reader(self) -> nn.Module:
+        """A model whose output head stays as it is now; adapters reach it only where a recursion belongs to it."""
+        return copy.deepcopy(self.model) if getattr(self.model.config, "t_max", 0) else self.model
 
     def _train(self, student: Student, found: list[Trajectory], decide: HeldOut, stage: Stage) -> list[Tensor]:
         """Train; the adapters' tensors where the held-out answers were best, or where the strength was reached."""

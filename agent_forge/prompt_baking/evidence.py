@@ -87,19 +87,19 @@ def scores_of(engine: Engine, baked: Baked, task: BakingTask, prompt: str = "") 
 
 def answer_likelihoods(model: nn.Module, held: HeldOut) -> np.ndarray:
     """Nats per token that a model, unprompted, gives every held-out answer."""
-    return _likelihoods(held, answers_read(model, held.trajectories, prompted=False), model.read_out)
+    features_ND = torch.cat(answers_read(model, held.trajectories, prompted=False))
+    return _likelihoods(held, features_ND.to(next(model.parameters()).device), model)
 
 
 def teacher_likelihoods(held: HeldOut) -> np.ndarray:
     """The same of the prompted teacher."""
-    return _likelihoods(held, held.teacher, held.head)
+    return _likelihoods(held, held.features(next(held.reader.parameters()).device), held.reader)
 
 
-def _likelihoods(held: HeldOut, features: list[torch.Tensor], head: Any) -> np.ndarray:
-    flat = torch.cat(features)
-    ids = torch.tensor([token for one in held.trajectories for token in one.answer], device=flat.device)
+def _likelihoods(held: HeldOut, features_ND: torch.Tensor, model: Any) -> np.ndarray:
+    ids_N = torch.tensor([token for one in held.trajectories for token in one.answer], device=features_ND.device)
     with torch.inference_mode():
-        values = likelihoods(flat, head, ids, held.chunk).double().cpu()
+        values = likelihoods(features_ND, model.read_out, ids_N, held.chunk).double().cpu()
     return np.array([float(part.mean()) for part in values.split([len(one.answer) for one in held.trajectories])])
 
 

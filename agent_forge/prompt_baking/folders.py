@@ -26,6 +26,7 @@ from forgekit.models.io import read_model, write_model
 from forgekit.store.artifact import EVIDENCE, MANIFEST, Artifact, ArtifactExtras, Manifest, write_artifact
 from forgekit.store.fsio import write_folder
 from forgekit.store.names import new_model_id, utc_text
+from forgekit.train.setup import training_device
 from forgekit.version import __version__
 
 CARD, METRICS = "README.md", "metrics.json"
@@ -62,6 +63,7 @@ def bake_folder(plan: BakePlan, show: Show | None = None) -> dict[str, Any]:
         raise ArtifactError("exists already", where=str(plan.output), remedy="choose another output folder")
     artifact = Artifact.open(plan.source) if (plan.source / MANIFEST).is_file() else None
     model, tokenizer = read_model(plan.source)
+    model.to(training_device(plan.bake.device))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     require_free(plan.output, size, "the baked model")
     prompts = list(plan.prompts)

@@ -68,7 +68,7 @@ def sample(
 
 
 def read(model: nn.Module, rows: Sequence[list[int]], lengths: Sequence[int]) -> list[Tensor]:
-    """Features (length, D) of the last ``length`` tokens of every row; no gradients, on the model's device."""
+    """Features (length, D) of the last ``length`` tokens of every row; no gradients, on the CPU."""
     device, found = next(model.parameters()).device, {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike beside alike: less padding
     with evaluating(model), torch.no_grad():
@@ -76,7 +76,7 @@ def read(model: nn.Module, rows: Sequence[list[int]], lengths: Sequence[int]) ->
             part = order[start : start + ROWS]
             h_BTD, _ = hidden(model, torch.from_numpy(padded([rows[i] for i in part])).to(device))
             for i, h_TD in zip(part, h_BTD):
-                found[i] = h_TD[len(rows[i]) - lengths[i] : len(rows[i])].clone()
+                found[i] = h_TD[len(rows[i]) - lengths[i] : len(rows[i])].cpu().clone()
     return [found[i] for i in range(len(rows))]
 
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forgekit.data.batches import asked, end_token
+from forgekit.data.batches import asked, end_token, told
 from forgekit.data.gym import Problem
 from forgekit.data.tokenizer import THINKING
 from forgekit.errors import ConfigError, DataError
@@ -204,18 +204,20 @@ def anti_theater(
     lender = strangers(problems, config.seed)
     thoughts = think(model, tokenizer, problems, config)
     words = [thought.tokens for thought in thoughts]
-    told = {"with": words, "without": None}
-    told |= {"shuffled": [words[i] for i in lender], "filler": [[filler] * len(ids) for ids in words]}
-    scores = {name: _answers(model, tokenizer, problems, said) for name, said in told.items()}
+    shown = {"with": words, "without": None}
+    shown |= {"shuffled": [words[i] for i in lender], "filler": [[filler] * len(ids) for ids in words]}
+    scores = {name: _answers(model, tokenizer, problems, said) for name, said in shown.items()}
     rights = {name: found.right for name, found in scores.items()} | given
     scored = None if scorer is None else scorer.score([(p.prompt, t.text) for p, t in zip(problems, thoughts)])
     return _report(problems, thoughts, rights, {name: found.nats for name, found in scores.items()}, scored, config)
 
 
-def think(model: CausalLM, tokenizer: Any, problems: Sequence[Problem], config: TheaterConfig) -> list[Thought]:
-    """A greedy thought about every problem, in the order given."""
+def think(
+    model: CausalLM, tokenizer: Any, problems: Sequence[Problem], config: TheaterConfig, system: str = ""
+) -> list[Thought]:
+    """A greedy thought about every problem, in the order given; ``system`` is said before each."""
     engine = Engine(model, tokenizer)
-    prompts = _encoded(tokenizer, [asked(tokenizer, p.prompt) for p in problems])
+    prompts = _encoded(tokenizer, [told(tokenizer, p.prompt, system) for p in problems])
     answers = _encoded(tokenizer, [p.answer for p in problems])
     # Two markers, and the end of the answer; a longer answer is wrong anyway.
     room = config.thinking_budget + 3 + max(map(len, answers), default=0)
@@ -397,8 +399,9 @@ def _percent(interval: Interval) -> str:
 def share_lost(own: ArrayLike, without: ArrayLike, control: ArrayLike, seed: int = 0) -> Interval | None:
     """Share of the gain ``own - without`` that a control loses: 1 where it is back at ``without``, above 1 below it.
 
-    The interval is the percentile bootstrap's over the items. Where all items agree, a bootstrap sees no variation
-    and would claim certainty: then the loss's lower limit over the gain's upper one and the reverse are its ends.
+    The interval is the percentile bootstrap's over the items. Where the control agrees with a side on all items, every
+    resample gives the same share and would claim certainty: then the limits of that (score) difference, over those of
+    the gain, are its ends.
 
     Args:
         own, without, control: right (1) or wrong (0) of the same items.
@@ -412,8 +415,13 @@ def share_lost(own: ArrayLike, without: ArrayLike, control: ArrayLike, seed: int
     if gain[1] <= 0:
         return None
     share = loss[0] / gain[0]
-    if np.ptp(first - second) == 0 or np.ptp(first - third) == 0:
-        ends = [loss[i] / gain[j] for i in (1, 2) for j in (1, 2)]
+    limits = [(i, j) for i in (1, 2) for j in (1, 2)]
+    if np.ptp(second - third) == 0:
+        kept = paired_difference(second, third, seed)
+        ends = [1 - kept[i] / gain[j] for i, j in limits]
+        return share, min(ends), max(ends)
+    if np.ptp(first - third) == 0:
+        ends = [loss[i] / gain[j] for i, j in limits]
         return share, min(ends), max(ends)
     means_R2 = _resampled(np.stack([first - second, first - third], 1), seed)
     shares = means_R2[means_R2[:, 0] > 0]

@@ -374,6 +374,26 @@ def test_what_a_server_thinks_by_default_is_a_setting():
         assert thought_of(server)[1] == 0 and thought_of(server, thinking="auto")[1] == 5
 
 
+def test_the_models_template_is_told_whether_to_think():
+    class Fast:
+        chat_template = "a template"
+
+        def apply_chat_template(self, messages, **options):
+            return {True: "hello", False: "world"}[options["enable_thinking"]]
+
+    class Theirs:
+        fast = Fast()
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+    with running_server({"tiny": Engine(MODEL, Theirs())}, QUICK) as server:
+        for mode, text in ("on", "hello"), ("off", "world"):
+            answer = call(server, CHAT, {**HELLO, **SEEDED, "thinking": mode})[1]["choices"][0]["message"]
+            want = wanted(text, thinking=mode)
+            assert (answer["content"], answer.get("reasoning_content", "")) == (want.text, want.thought)
+
+
 def test_wrong_ways_to_ask_for_thoughts_are_refused(thinker):
     for field, value, param in [
         ("thinking", True, "thinking"),

@@ -40,9 +40,19 @@ class Journey:
         """Phase 2's result."""
         return self.run["results"]["evomerge"]
 
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """Phase 3's result."""
+        return self.run["results"]["quietstar"]
+
+    @property
+    def evidence(self) -> list[dict[str, Any]]:
+        """Everything that was claimed, in the order of the phases."""
+        return [item for result in self.run["results"].values() for item in result["evidence"]]
+
     def folder(self, model: str) -> Path:
-        """The artifact folder of ``trunk``, of a specialist or of the champion."""
-        phase = "phase2_evomerge" if model == "champion" else "phase1_cognate"
+        """The artifact folder of ``trunk``, of a specialist, of the champion or of the thinker."""
+        phase = {"champion": "phase2_evomerge", "thinker": "phase3_quietstar"}.get(model, "phase1_cognate")
         return self.home / "storage" / "sessions" / self.session / phase / model
 
 

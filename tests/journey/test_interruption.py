@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CLI, Done, environment, made_once, run_cli, small_profile
 
-MODELS = ("trunk", "reasoning", "memory_integration", "adaptive_computation")
+MODELS = ("trunk", "reasoning", "memory_integration", "adaptive_computation", "champion", "thinker")
 MARKS = ("train_checkpoint", "trained")
 
 
@@ -101,10 +102,10 @@ def test_killed_at_random_moments_the_session_ends_with_the_same_bits(forge, hom
     done = run_cli("run", "--resume", "latest", "--json", cwd=home)
     assert done.code == 0, done.err
     assert status(forge, home)["status"] == "completed"
-    session = json.loads(done.out)["session_id"]
+    ours = replace(journey, home=home, run=json.loads(done.out))
     for model in MODELS:
-        ours = home / "storage" / "sessions" / session / "phase1_cognate" / model / "model.safetensors"
-        assert ours.read_bytes() == (journey.folder(model) / "model.safetensors").read_bytes(), model
+        both = [(one.folder(model) / "model.safetensors").read_bytes() for one in (ours, journey)]
+        assert both[0] == both[1], model
     assert not list(home.rglob("*.unfinished"))
     assert forge(*storage, "validate").code == 0
 

@@ -42,7 +42,7 @@ def test_run_prints_one_json_document_with_every_result(journey):
 
 def test_report_prints_evidence_with_exactly_the_fields_of_the_design(ask, journey):
     records = ask("report", journey.session[:8])
-    assert records == journey.result["evidence"] + journey.merged["evidence"]
+    assert records == journey.evidence
     assert all(tuple(record) == EVIDENCE for record in records)
     assert tuple(Evidence.model_fields) == EVIDENCE
     assert {r["verdict"] for r in records} <= {"improved", "no-difference", "worse", "no-signal"}
@@ -64,8 +64,9 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
     with PipelineLogger(journey.home / "storage" / "sessions" / journey.session, journey.session) as pipeline:
         logger: PhaseLogger = pipeline.phase("cognate")
         merging: PhaseLogger = pipeline.phase("evomerge")
-    assert len(logger.catalogue) > 30 and len(merging.catalogue) > 600
-    assert logger.missing() == []
+        thinking: PhaseLogger = pipeline.phase("quietstar")
+    assert len(logger.catalogue) > 30 and len(merging.catalogue) > 600 and len(thinking.catalogue) > 80
+    assert logger.missing() == [] and thinking.missing() == []
     made = journey.merged["metrics"]["phase/generations_completed"]
     assert made >= 1
     later = [
@@ -74,18 +75,19 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
     assert set(merging.missing()) == set(later), "generations that were not made, and nothing else"
 
 
-def test_models_lists_the_five_and_specialists_descend_from_the_trunk(ask, journey):
+def test_models_lists_all_and_they_descend_from_the_trunk(ask, journey):
     rows = ask("models", "--session", journey.session)
-    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS, "champion"}
+    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS, "champion", "thinker"}
     trunk = journey.result["artifacts"]["trunk"]
     assert [r["model_id"] for r in ask("models", "--tag", "trunk")] == [trunk]
     for model_id in journey.result["artifacts"]["all_models"]:
         assert ask("model", model_id, "--info")["ancestors"] == [trunk]
     info = ask("model", trunk)
-    made = {*journey.result["artifacts"]["all_models"], journey.merged["model"]}
+    made = {*journey.result["artifacts"]["all_models"], journey.merged["model"], journey.thinking["model"]}
     assert info["ancestors"] == [] and set(info["descendants"]) == made
     champion = ask("model", journey.merged["model"])
     assert set(champion["ancestors"]) == {trunk, *journey.result["artifacts"]["all_models"]}
+    assert {trunk, journey.thinking["artifacts"]["parent"]} <= set(ask("model", journey.thinking["model"])["ancestors"])
     assert info["parameters"] > 50_000 and info["session_id"] == journey.session and info["data_hash"]
 
 
@@ -97,7 +99,7 @@ def test_status_phases_logs_and_plan_speak_json(ask, journey):
     phases = ask("phases")
     assert [p["number"] for p in phases] == list(range(1, 9)) and phases[0]["built"]
     plan = ask("plan", "--profile", journey.profile)
-    assert plan["phases"] == ["cognate", "evomerge"] and plan["disk_bytes"] > 0
+    assert plan["phases"] == ["cognate", "evomerge", "quietstar"] and plan["disk_bytes"] > 0
     assert [s["stage"] for s in plan["stages"] if s["phase"] == "cognate"] == ["trunk", *SPECIALISTS]
     assert sum(plan["model"]["split"].values()) == plan["model"]["parameters"]
 
@@ -109,7 +111,7 @@ def test_logs_are_json_lines_that_begin_and_end_with_the_session(forge, journey)
     assert events[-1]["data"]["status"] == "completed"
     assert {"torch", "cpu_capability", "threads"} <= events[0]["data"]["environment"].keys()
     some = forge("--storage", journey.home / "storage", "logs", "--kind", "trained")
-    assert len(some.out.splitlines()) == 4
+    assert len(some.out.splitlines()) == 4 + 4, "trunk and specialists; the two steps of phase 3, and their controls"
 
 
 def test_tables_for_people_name_what_json_names(forge, journey):
@@ -155,7 +157,7 @@ def test_chat_on_a_terminal_obeys_slash_commands(forge, journey, monkeypatch):
 def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, monkeypatch):
     storage = ("--storage", journey.home / "storage")
     asked = json.loads(forge(*storage, "chat", "copy 4", "--json", "--max-tokens", "3").out)
-    assert asked["model"].endswith("champion")
+    assert asked["model"].endswith("thinker")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for model in (journey.result["model"], journey.folder("trunk")):
         assert forge(*storage, "chat", model).code == 0
@@ -166,7 +168,8 @@ def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, copy
     done = forge("--storage", copy.home / "storage", "run", "--resume", copy.session[:8])
     assert done.code == 0, done.err
     assert "trunk learned copy" in done.out and "a short conversation" in done.out
-    assert "gate cognate" in done.err and "gate evomerge" in done.err and "next: agent-forge report" in done.err
+    assert all(f"gate {phase}" in done.err for phase in ("cognate", "evomerge", "quietstar"))
+    assert "next: agent-forge report" in done.err
     assert "already finished" in done.err
 
 
@@ -193,7 +196,7 @@ def test_resuming_a_finished_session_makes_nothing_again(forge, copy):
 def test_validate_is_content_then_names_the_one_changed_file(forge, copy):
     storage = ("--storage", copy.home / "storage")
     good = forge(*storage, "validate", "--json")
-    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 5
+    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 6
     weights = copy.folder("reasoning") / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1

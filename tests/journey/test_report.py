@@ -17,7 +17,7 @@ def test_the_page_of_a_real_session_tells_every_claim_model_and_curve(copy):
     assert done.code == 0 and "trunk learned copy" in done.out, done.err
     assert f"report: {copy.home / 'storage' / 'sessions' / copy.session / 'report.html'}" in done.err
     page = page_of(copy)
-    for item in copy.result["evidence"] + copy.merged["evidence"]:
+    for item in copy.evidence:
         assert escape(item["claim"].replace("_", " ")) in page
     assert page.count('<svg class="forest-row"') >= len(copy.result["evidence"]) - 2
     assert "Trunk: training loss" in page and "Branched models: training loss" in page
@@ -30,7 +30,7 @@ def test_files_are_written_where_they_are_wanted(copy):
     done = run_cli("report", copy.session[:8], "-o", "mine.html", "--markdown", "mine.md", cwd=copy.home)
     assert done.code == 0 and "report: mine.html" in done.err and "Markdown: mine.md" in done.err
     assert (copy.home / "mine.html").read_text().startswith("<!doctype html>")
-    assert (copy.home / "mine.md").read_text().startswith("# 5 models of ")
+    assert (copy.home / "mine.md").read_text().startswith("# 6 models of ")
     assert not (copy.home / "storage" / "sessions" / copy.session / "report.html").exists()
     printed = run_cli("report", "--markdown", "-", cwd=copy.home)
     assert printed.out == (copy.home / "mine.md").read_text() and printed.err == ""
@@ -38,7 +38,7 @@ def test_files_are_written_where_they_are_wanted(copy):
 
 def test_json_is_the_evidence_and_writes_no_page(copy):
     done = run_cli("report", "--json", cwd=copy.home)
-    assert json.loads(done.out) == copy.result["evidence"] + copy.merged["evidence"]
+    assert json.loads(done.out) == copy.evidence
     assert not (copy.home / "storage" / "sessions" / copy.session / "report.html").exists()
 
 

@@ -18,7 +18,7 @@ from agent_forge.prompt_baking.folders import BakePlan, bake_folder
 from agent_forge.prompt_baking.sides import sides_of
 from agent_forge.prompt_baking.trajectories import Lessons, Trajectory, answers_read
 from forgekit.data.tokenizer import chat_text, question, train_tokenizer
-from forgekit.errors import ArtifactError, ConfigError, DataError
+from forgekit.errors import ArtifactError, ConfigError, DataError, ResourceError
 from forgekit.infer.engine import Engine
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import read_model, write_model
@@ -261,14 +261,22 @@ def test_strength_is_met_and_monotone(gpt, full):
         assert stage.after <= (1 - strength) * stage.before and 0 < stage.scale <= 1
         left.append(stage.after)
     assert whole.before > left[0] > left[1] > whole.after
-    half = baked(gpt, mode="half", num_epochs=20).stages[0]
-    assert half.strength == pytest.approx(0.5, abs=0.01)
-    assert len(half.losses) < 80, "it stops when the strength is reached"
+    early = baked(gpt, strength=0.05).stages[0]
+    assert len(early.losses) < len(whole.losses), "it stops when the strength is reached"
+    assert PromptBakingConfig(mode="half").share == 0.5 == PromptBakingConfig(strength=0.5).share
 
 
 def test_a_strength_out_of_reach_is_told(gpt):
     result = baked(gpt, strength=0.99, num_epochs=1, learning_rate=1e-4)
     assert "strength 0.99 was not reached" in result.notes[-1] and result.stages[0].strength < 0.99
+
+
+def test_the_best_look_is_what_is_kept(gpt):
+    """A rate that only does harm leaves the model as it was."""
+    result = baked(gpt, learning_rate=3.0, num_epochs=1)
+    stage = result.stages[0]
+    assert min(value for _, value in stage.checks) > stage.before == stage.after
+    assert same(weights(result.model), weights(gpt))
 
 
 def test_sequential_bakes_one_after_another(gpt):
@@ -305,7 +313,7 @@ def test_evidence_reads_every_side(gpt, full):
 
     def score(number, text):
         seen.append((number, text))
-        return float(len(text) % 2)
+        return sum(map(ord, text)) % 97 / 97
 
     task = BakingTask("length", questions, score, chance=0.5, max_tokens=4)
     findings = baking_evidence(gpt, full, [task], [task])
@@ -316,9 +324,14 @@ def test_evidence_reads_every_side(gpt, full):
     assert closer.before == pytest.approx(full.divergence_before) and closer.after < closer.before
     r2 = findings.table["r2"]
     assert r2["bare"] < r2["baked"] <= 1 and len(claims) == 6
-    engine = Engine(gpt, TOKENIZER)
-    prompted = scores_of(engine, full, task, PROMPT).mean()
-    assert prompted == findings.table["tasks"]["length"]["prompted"]
+    for side, model, prompt in (
+        ("prompted", gpt, PROMPT),
+        ("baked", full.model, ""),
+        ("re-prompted", full.model, PROMPT),
+    ):
+        want = scores_of(Engine(model, TOKENIZER), full, task, prompt).mean()
+        assert findings.table["tasks"]["length"][side] == want
+    assert len(set(findings.table["tasks"]["length"].values())) == 4
 
 
 def test_agreement_is_about_the_identity():
@@ -371,6 +384,15 @@ def test_what_is_longer_than_the_models_context_is_refused(gpt):
         baked(gpt, contexts=["hello " * 30, "a", "b", "c"])
     with pytest.raises(DataError, match="more than the model's 64"):
         baked(gpt, contexts=None, max_tokens=60)
+
+
+def test_without_peft_it_says_so_before_it_begins(gpt, monkeypatch):
+    monkeypatch.setattr("agent_forge.prompt_baking.adapters.find_spec", lambda name: None)
+    seen = []
+    with pytest.raises(ResourceError, match="needs the package peft; pip install peft"):
+        config = PromptBakingConfig.build(QUICK)
+        bake_prompt(gpt, PROMPT, config, tokenizer=TOKENIZER, contexts=CONTEXTS, show=seen.append)
+    assert seen == []
 
 
 def test_too_few_contexts_are_refused(gpt):

@@ -20,7 +20,7 @@ from agent_forge.dashboard.phase_section import phase_section
 from agent_forge.dashboard.style import CSS
 from agent_forge.dashboard.thoughts import conversation, segments, thinking
 from agent_forge.dashboard.thoughts_section import thinking_section
-from agent_forge.dashboard.tree import Estimate, Thinking
+from agent_forge.dashboard.tree import Curve, Estimate, Thinking
 from forgekit.errors import ArtifactError
 from forgekit.measure.evidence import Evidence
 from forgekit.store.storage import ModelStorage
@@ -570,7 +570,22 @@ def test_a_row_of_the_controls_may_miss_anything(place):
     rows = [{k: v for k, v in row.items() if k != keys[place]} for row in sample.controls()]
     found = thinking({"controls": rows}, {})
     assert len(found.conditions) == 6 and not Page(thinking_section(found)).wrong
-    assert (found.conditions[0].accuracy.low is None) is (keys[place] in ("low", "accuracy"))
+    own = found.conditions[0].accuracy
+    missing = keys[place] in ("low", "accuracy")
+    assert [own.low is None, own.high is None] == [missing, missing], "half an interval is none"
+
+
+def test_nothing_right_is_a_number_and_not_a_gap():
+    found = thinking({"controls": [{"condition": "parent", "accuracy": 0, "low": 0, "high": 0.01, "n": 0}]}, {})
+    assert "0.0 % (0.0 to 1.0) – 0" in plain(thinking_section(found))
+
+
+def test_a_training_loss_is_drawn_once(thoughtful):
+    phase = thoughtful.phases[2]
+    logged = {**phase.__dict__, "losses": (Curve("thinker", ((1, 2.0), (2, 1.0))),)}
+    assert "Nats per token on the batch" not in phase_section(type(phase)(**logged))
+    alone = type(phase)(**{**logged, "thinking": Thinking()})
+    assert "Training loss" in phase_section(alone) and "Branched" not in phase_section(alone)
 
 
 def test_markdown_tells_of_thoughts_too(thoughtful):

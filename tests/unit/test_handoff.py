@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from agent_forge import ModelHandoffValidator, load_profile
 from agent_forge.pipeline.handoff import CONTRACTS, Case, HandoffContract, boundary, contracts, validate_models
-from agent_forge.pipeline.handoff_rules import judge
+from agent_forge.pipeline.handoff_rules import GROWN, judge
 from agent_forge.pipeline.handoff_subject import Subject, shape_of
 from agent_forge.pipeline.inputs import find_input, following, next_phase, source_of, take_in
 from agent_forge.profile import ModelPlan, Profile
@@ -206,6 +206,23 @@ def test_the_architecture_of_the_parents(shelf, solved):
     decision = validate_models(solved, "evomerge", "quietstar", shelf.storage, [orphan])
     assert decision.accepted and "its parent cognate_gone_20260101_000000, which is not there" in decision.unknown[0]
     assert "; not known: " in decision.message
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "expected"),
+    [(32, 8, None), (24, 0, None), (24, None, None), (32, None, 24), (32, 4, 28), (32, "8", 24), (24, 8, 32)],
+)
+def test_a_vocabulary_may_grow_by_what_its_maker_says(shelf, solved, rows, said, expected):
+    """A model of elsewhere gets the thinking tokens; nothing else may make its table larger."""
+    parent = shelf.put("champion", "evomerge", **CHAMPION)
+    told = {"accuracy": 0.9, "coherence_score": 0.8, "validity_rate": 0.8, "parents": [parent]}
+    told |= {} if said is None else {GROWN: said}
+    thinker = shelf.put("thinker", "quietstar", gpt_config(vocab_size=rows), **told)
+    decision = validate_models(solved, "quietstar", "bitnet", shelf.storage, [thinker])
+    if expected is None:
+        assert decision.accepted, decision.message
+    else:
+        assert refusal(decision).what == f"vocabulary {rows} is not that of its parent {parent}, {expected}"
 
 
 @pytest.mark.parametrize("key", ["final_loss", "seed"])

@@ -287,6 +287,10 @@ def test_what_all_embeddings_share_does_not_count():
         own, off = np.diag(cosine_NN), cosine_NN[~np.eye(len(cosine_NN), dtype=bool)]
         assert own.mean() > 0.6 and abs(off.mean()) < 0.1
     assert np.linalg.norm(space.questions(questions), axis=1) == pytest.approx(1)
+    assert (space.question_centre, space.thought_centre) == (
+        pytest.approx(questions[:40].mean(0)),
+        pytest.approx(thoughts[:40].mean(0)),
+    )
     assert np.isfinite(Space.of(np.ones((9, 4)), np.ones((9, 4))).thoughts(np.eye(4))).all()
 
 

@@ -343,7 +343,9 @@ def test_share_lost_against_hand_made_numbers():
     half = np.array([1.0] * 50 + [0.0] * 50)
     share, low, high = share_lost(own, without, half)
     assert share == pytest.approx(0.5) and 0.3 < low < 0.5 < high < 0.7
-    assert share_lost(own, without, without)[0] == 1 and share_lost(own, without, own)[0] == 0
+    whole, none = share_lost(own, without, without), share_lost(own, without, own)
+    assert whole[0] == 1 and 0.8 < whole[1] < 1 < whole[2] < 1.2, "agreement of all is not certainty"
+    assert none[0] == 0 and -0.2 < none[1] < 0 < none[2] < 0.2
     assert share_lost(own, without, np.zeros(100))[0] > 1, "a control can do harm"
     assert share_lost(own, own, half) is None and share_lost(without, own, half) is None
 

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_quietstar_branches import llama, wrapped
 from tiny import VOCAB, Echo, Events, gpt_config, made, same, train_config, trm_config, weights
 
@@ -26,6 +28,7 @@ from agent_forge.phases.quietstar.talk_config import Marks, PointPlan, TalkConfi
 from forgekit.data.batches import Batch
 from forgekit.data.tokenizer import RESERVED, SMALLEST_VOCABULARY, THINKING, train_tokenizer
 from forgekit.errors import ArtifactError, ConfigError, TrainingError
+from forgekit.models.base import Loss
 from forgekit.models.constants import IGNORE
 from forgekit.models.hidden import hidden
 from forgekit.train.loop import Trainer
@@ -572,41 +575,63 @@ def test_the_configuration_is_frozen_and_checked():
 # ---- what it is for
 
 
-def test_reinforce_alone_finds_the_thought_that_helps():
-    """A model that says what it thought, but thinks anything; after token 3 the text always goes on with 17."""
-    g = torch.Generator().manual_seed(0)
-    model = made(gpt_config(d_model=32, ffn_hidden=64))
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+@dataclass
+class Last:
+    token_B: torch.Tensor
 
-    def drawn(low, high, count=1):
-        return torch.randint(low, high, (32, count), generator=g)
+    def rows(self, index):
+        return Last(self.token_B[index])
 
-    for _ in range(120):
-        idea = drawn(10, 18)
-        three, start, stop = (torch.full_like(idea, i) for i in (3, MARKS.start, MARKS.stop))
-        lines = [drawn(4, 9, 2), three, start, idea, stop, idea], [drawn(4, 9, 2), three, drawn(10, 18)]
-        loss = sum(model.training_loss(x[:, :-1], x[:, 1:]).total for x in (torch.cat(line, 1) for line in lines))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    points = {"most": 1, "min_length": 2, "max_length": 2}
-    only = {"base_weight": 0.0, "talk_weight": 0.0, "mixer": {"initial_weight": 0.5}, "points": points}
-    t = QuietTalker(model, MARKS, TalkConfig(thoughts=4, ahead=1).replace(**only)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
 
-    def chance() -> float:
-        """That a thought after 3 begins with what comes next."""
-        with torch.no_grad():
-            h = hidden(model, torch.tensor([[4, 5, 3, MARKS.start]]))[0][:, -1]
-            return float(t.model.read_out(h).softmax(-1)[0, 17])
+class Parrot(torch.nn.Module):
+    """Thinks one of eight tokens after 3, then says what it thought; all of it is one table."""
 
-    before = chance()
-    for _ in range(20):
-        x = torch.cat([drawn(4, 9, 2), torch.full((32, 1), 3)], 1)
-        y = torch.full_like(x, IGNORE)
-        y[:, 2] = 17
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=VOCAB, d_model=2 * VOCAB)
+        table = torch.full((VOCAB, 2 * VOCAB), -8.0)
+        ideas = torch.arange(10, 18)
+        table[ideas, MARKS.start], table[ideas, 3] = 0.0, 0.0
+        table[MARKS.stop, ideas], table[ideas, VOCAB + ideas] = 0.0, 0.0
+        self.table = torch.nn.Parameter(table)
+
+    def initial_state(self, batch):
+        return Last(torch.zeros(batch, dtype=torch.long))
+
+    def features(self, ids, state=None, lengths=None):
+        before = torch.cat([(state or self.initial_state(len(ids))).token_B[:, None], ids], dim=1)
+        index = torch.where(ids == MARKS.stop, VOCAB + before[:, :-1], ids)
+        last = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
+        return F.one_hot(index, 2 * VOCAB).float(), state and Last(before.gather(1, last[:, None])[:, 0])
+
+    def read_out(self, h):
+        return h @ self.table.T
+
+    def training_loss(self, x, y):
+        nats = F.cross_entropy(self.read_out(self.features(x)[0]).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+        return Loss(nats, nats.detach(), int((y != IGNORE).sum()))
+
+    def flops_per_token(self, context):
+        return 1e4
+
+
+@pytest.mark.parametrize(("truth", "weight"), [(17, 1.0), (12, 1.0), (17, 0.0)])
+def test_reinforce_alone_finds_the_thought_that_helps(truth, weight):
+    only = {"base_weight": 0.0, "talk_weight": 0.0, "policy_weight": weight, "mixer": {"initial_weight": 0.5}}
+    torch.manual_seed(0)
+    t = QuietTalker(Parrot(), MARKS, TalkConfig(thoughts=4, ahead=1).replace(**only)).train()
+    x = torch.tensor([[4, 5, 3]] * 16)
+    y = torch.full_like(x, IGNORE)
+    y[:, 2] = truth
+    gains, optimizer = [], torch.optim.SGD(t.parameters(), 2.0)
+    for _ in range(40):
         loss = t.training_loss(x, y)
+        gains.append(float(loss.parts["nats_without_thoughts"] - loss.parts["nats_with_thoughts"]))
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-    assert before < 0.3 and chance() > 0.6, (before, chance())
+    chance = t.model.table[:, MARKS.start].detach().softmax(0)
+    if weight:
+        assert chance.argmax() == truth and chance[truth] > 0.6 and np.mean(gains[-5:]) > np.mean(gains[:5]) + 0.5
+    else:
+        assert chance[truth] == pytest.approx(1 / 8, abs=0.01)

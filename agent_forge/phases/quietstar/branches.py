@@ -88,10 +88,10 @@ class StateReading:
         state = model.initial_state(ids_BT.shape[0])
         self._whole = not ragged and not _can_join(model, state, ids_BT)
         if self._whole:
-            points_ends = torch.full_like(ids_BT[None, :, 0], ids_BT.shape[1])
+            ends_SB = torch.full_like(ids_BT[None, :, 0], ids_BT.shape[1])
         else:
-            points_ends = (_row_ends if ragged else _common_ends)(points, *ids_BT.shape)
-        self.features_BTD, taken, order = self._segments(ids_BT, points_ends, points, state)
+            ends_SB = (_row_ends if ragged else _common_ends)(points, *ids_BT.shape)
+        self.features_BTD, taken, order = self._segments(ids_BT, ends_SB, points, state)
         if self._whole:
             self._state = self._reread(ids_BT, points)
         else:

@@ -92,6 +92,12 @@ class QuietPlan(Config):
     rows: Positive = 64
     """Held-out rows on which the validation loss is told."""
 
+    @model_validator(mode="after")
+    def _steps_to_look_after(self):
+        if self.run and self.train.steps < self.validations:
+            raise ValueError(f"{self.validations} validations need as many steps, train.steps is {self.train.steps}")
+        return self
+
 
 class ReportPlan(Config):
     """How much is measured on the report split."""

@@ -64,7 +64,6 @@ def prepare(
     Raises:
         DataError: too few distinct traces, or nobody knows what the parent can do.
     """
-    texts, provenance, notes = load_texts(config.text or first, folder)
     plan = config.traces
     book = write_traces(plan.mix, plan.per_level, plan.seed, weights=plan.strategies or None, told=plan.told)
     if len(book.traces) < LEAST_TRACES:
@@ -74,6 +73,7 @@ def prepare(
     if not skill_mix:
         remedy = 'name it: --set phases.quietstar.skills=[{family="sort"}]'
         raise DataError("nobody knows what the parent can do", where="phases.quietstar.skills", remedy=remedy)
+    texts, provenance, notes = load_texts(config.text or first, folder)
     evaluation = config.evaluation
     notes.append(
         f"traces: {len(book.traces):,} distinct and verified, {book.duplicates} duplicates dropped, "

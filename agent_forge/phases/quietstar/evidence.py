@@ -203,7 +203,7 @@ def theater_table(theater: TheaterReport) -> dict[str, Any]:
         value, low, high = interval or (None, None, None)
         return {"value": value, "low": low, "high": high, "note": note}
 
-    why = next((f.reason for f in theater.findings if f.passed is None), "")
+    why = next((f.reason for f in theater.findings if f.passed is None and f.name == "coherence correlation"), "")
     return {
         "detected": theater.theater_detected,
         "reasons": list(theater.reasons),

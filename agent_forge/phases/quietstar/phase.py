@@ -26,6 +26,7 @@ from agent_forge.phases.quietstar.talk import QuietTalker, mixer_files, ordinary
 from agent_forge.phases.quietstar.talk_config import Marks, marks_of
 from agent_forge.phases.quietstar.training import Workshop
 from agent_forge.phases.quietstar.watching import (
+    Watched,
     answers,
     by_kind,
     examples,
@@ -33,6 +34,7 @@ from agent_forge.phases.quietstar.watching import (
     slips_noticed,
     valid_share,
     watch,
+    watch_told,
 )
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import forecast as disk_forecast
@@ -46,13 +48,16 @@ from forgekit.measure.theater import anti_theater
 from forgekit.models.io import read_model
 from forgekit.models.thinking_tokens import has_chat_format, prepare_thinking
 from forgekit.store.artifact import MANIFEST, Artifact, ArtifactExtras, amend_evidence
+from forgekit.store.fsio import sha256_file
 from forgekit.train.config import TrainConfig
-from forgekit.train.distributed import agreed
+from forgekit.train.distributed import agreed, world
 from forgekit.train.setup import training_device
 
 THINKER = "thinker"
 STEP_ONE, STEP_TWO = "step 1", "step 2"
 OPTIMIZER_SLOTS = 3
+ASKED_OF = 10
+"""Every tenth question of the report is also asked in every strategy by name."""
 
 
 @dataclass
@@ -153,7 +158,7 @@ class QuietStarPhase(PhaseController):
             fresh=fresh,
             tokenizer=tokenizer,
             speciality=mix,
-            print=opened.content_hash if opened else str(folder),
+            print=opened.content_hash if opened else " ".join(map(sha256_file, sorted(folder.glob("*.safetensors")))),
             notes=tuple(notes),
         )
 
@@ -210,11 +215,13 @@ class QuietStarPhase(PhaseController):
         drawn = [mixture.batch(i) for i in range(8)]
         share = sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
         each = ordinary_flops(one, train.seq_len, share) * train.rows * train.seq_len
-        longer: TrainConfig = train.replace(steps=max(1, round(talker.spent_flops / each)))
+        # Every process counts its own rows; the first one's count, taken for all, survives a restart.
+        spent = agreed(lambda: talker.spent_flops) * world()[1]
+        longer: TrainConfig = train.replace(steps=max(1, round(spent / each)))
         continued = copy.deepcopy(one)
         torch.manual_seed(train.seed)
         records["continued"] = workshop.train("continued", continued, mixture, longer)
-        return talker, continued, (talker.spent_flops, longer.steps * each)
+        return talker, continued, (spent, longer.steps * each)
 
     def _look(self, number: int, model, data: QuietData, questions) -> dict[str, Any]:
         """Look at the model's thoughts and emit what is seen; nothing random, and the model stays as it was."""
@@ -234,7 +241,7 @@ class QuietStarPhase(PhaseController):
             "levels": levels(finals, THINKER),
             "controls": controls(finals.theater),
             "theater": theater_table(finals.theater),
-            "thoughts": finals.watched.summary() | by_kind(finals.watched),
+            "thoughts": finals.watched.summary() | by_kind(finals.watched, told["asked"]),
             "steps": {"one": self._step_one(data, steps), "two": choice | self._step_two(steps, finals)},
         }
         values = self._values(data, steps, finals, told)
@@ -245,7 +252,7 @@ class QuietStarPhase(PhaseController):
         seconds = time.perf_counter() - began
         facts = {"theater": finals.theater, "watched": finals.watched.summary(), "model": model_id}
         facts |= {"parent": parent.model_id, "values": values | {"phase/duration_seconds": seconds}}
-        shown = examples(finals.watched)
+        shown = examples(finals.watched, told["asked"])
         return PhaseResult(
             success=True,
             model=model_id,
@@ -286,7 +293,9 @@ class QuietStarPhase(PhaseController):
             "parent": score_problems(old, tokenizer, data.report).right,
         }
         theater = anti_theater(model, tokenizer, data.report, config.theater, baselines=baselines, scorer=scorer)
-        watched = watch(model, tokenizer, data.report, config, scorer)
+        asked = watch_told(model, tokenizer, data.report[::ASKED_OF], config, scorer)
+        each = sum(w.seconds for w in asked.values()) / sum(len(w.thoughts) for w in asked.values())
+        watched = Watched(data.report, theater.thoughts, theater.scored, each * len(data.report))
         budget = config.theater.thinking_budget
         by_itself, thought = answers(model, tokenizer, [*data.report, *data.skills], budget)
         known = by_level(data.select, score_problems(old, tokenizer, data.select).right)
@@ -302,10 +311,10 @@ class QuietStarPhase(PhaseController):
             text=(score_windows(old, data.windows), score_windows(model, data.windows)),
             slips=slips_noticed(model, tokenizer, config),
             quiet=self._nats(data, steps),
-            steps=self._both(data, steps),
+            steps=self._both(data, steps, model, by_itself[: len(data.report)]),
             compute={name.replace(" ", "_"): value for name, value in flops.items()},
         )
-        return finals, {"by_itself": by_itself, "thought": thought}
+        return finals, {"by_itself": by_itself, "thought": thought, "asked": asked}
 
     def _nats(self, data: QuietData, steps: Steps) -> dict[str, np.ndarray] | None:
         """Validation nats per label, row by row, of the same held-out rows: with thoughts where step 2 thinks."""
@@ -326,12 +335,13 @@ class QuietStarPhase(PhaseController):
         """A model whose loss without thoughts is wanted, counted in the same way."""
         return QuietTalker(model, steps.talker.marks, self.config.quiet.talk)
 
-    def _both(self, data: QuietData, steps: Steps) -> tuple[np.ndarray, np.ndarray] | None:
+    def _both(self, data: QuietData, steps: Steps, model, known: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Right answers after step 1 and after step 2; ``known`` are those of ``model``, one of the two."""
         if steps.talker is None:
             return None
-        budget = self.config.theater.thinking_budget
-        one, two = (answers(m, data.tokenizer, data.report, budget)[0] for m in (steps.one, steps.talker.model))
-        return one, two
+        two, budget = steps.talker.model, self.config.theater.thinking_budget
+        other = answers(steps.one if model is two else two, data.tokenizer, data.report, budget)[0]
+        return (other, known) if model is two else (known, other)
 
     def _step_one(self, data: QuietData, steps: Steps) -> dict[str, Any]:
         return {

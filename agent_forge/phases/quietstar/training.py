@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from agent_forge.pipeline.phase import PhaseContext, Progress
 from forgekit.store import fsio
+from forgekit.train.checkpoints import CheckpointManager
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import agreed
 from forgekit.train.loop import BatchSource, StepInfo, Trainer
@@ -56,6 +57,7 @@ class Workshop:
             record = self._trained(name, model, data, train, watch)
             whole = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
             agreed(lambda: fsio.write_atomic(path, save(whole, {"record": json.dumps(record)})))
+            agreed(lambda: self._checkpoints(name).is_dir() and fsio.remove_tree(self._checkpoints(name)))
         else:
             with safe_open(str(path), "pt") as file:
                 model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})
@@ -64,13 +66,17 @@ class Workshop:
         return record
 
     def _trained(self, name: str, model, data, train: TrainConfig, watch) -> dict[str, Any]:
-        folder = self.context.folder / "checkpoints" / f"{name.replace(' ', '-')}-{self.key}"
+        folder = self._checkpoints(name)
         history = History(folder / "history.json")
+        due = {step for step in range(1, train.steps + 1) if _due(step, train, watch)}
+        agreed(lambda: _forget_unseen(folder, due, history))
         trainer = Trainer(model, data, train, folder, self.context.logger, self._observer(name, train, history, watch))
         report = trainer.run()
-        agreed(lambda: folder.is_dir() and fsio.remove_tree(folder))
         self.context.logger.event("trained", name=name, tokens=report.tokens, losses=report.losses)
         return {"losses": report.losses, "tokens": report.tokens, "history": history.rows}
+
+    def _checkpoints(self, name: str) -> Path:
+        return self.context.folder / "checkpoints" / f"{name.replace(' ', '-')}-{self.key}"
 
     def _observer(self, name: str, train: TrainConfig, history: History, watch):
         steps, look = watch or (frozenset(), dict)
@@ -80,9 +86,9 @@ class Workshop:
             if "reward_mean" in info.parts:
                 note += f"  reward {info.parts['reward_mean']:.4f}"
             self.context.show(Progress(name, info.step, info.steps, f"{note}  {info.seconds_left:.0f} s left"))
-            seen = agreed(lambda: look(info.step)) if info.step in steps else {}
-            if not seen and info.step % train.log_every and info.step != info.steps:
+            if not _due(info.step, train, watch):
                 return
+            seen = agreed(lambda: look(info.step)) if info.step in steps else {}
             values = {"loss": info.loss, "grad_norm": info.grad_norm, "learning_rate": info.learning_rate, **info.parts}
             history.add(info.step, {**values, **seen})
             self.context.logger.event("quietstar_step", name=name, step=info.step, **values)
@@ -91,7 +97,9 @@ class Workshop:
 
     def clear(self) -> None:
         """Delete the finished pieces: their results are in the artifact and the evidence."""
-        fsio.remove_tree(self.folder)
+        for folder in (self.folder, self.context.folder / "checkpoints"):
+            if folder.is_dir():
+                fsio.remove_tree(folder)
 
 
 class History:
@@ -103,12 +111,31 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            self.rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # not begun, or damaged: then what is due is trained again
+            self.rows = {}
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Keep the values of a step; an earlier run's later steps are forgotten, they come again."""
         self.rows = {key: row for key, row in self.rows.items() if int(key) < step} | {str(step): values}
         fsio.write_atomic(self.path, json.dumps(self.rows).encode())
+
+
+def _due(step: int, train: TrainConfig, watch: tuple[frozenset[int], Watch] | None) -> bool:
+    """Whether a step has a row in the history."""
+    return step % train.log_every == 0 or step == train.steps or (watch is not None and step in watch[0])
+
+
+def _forget_unseen(folder: Path, due: set[int], history: History) -> None:
+    """Delete checkpoints with a step up to theirs that was not observed: going on after them would leave a gap.
+
+    Stopped while a step is observed, the training loop leaves a checkpoint behind that step.
+    """
+    for path in CheckpointManager(folder).checkpoints():
+        step = int(path.name.removeprefix("step-"))
+        if any(one <= step and str(one) not in history.rows for one in due):
+            fsio.remove_tree(path)
 
 
 def _restored(path: Path) -> dict[str, Any] | None:
@@ -118,6 +145,6 @@ def _restored(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(str(path), "pt") as file:
             return json.loads(file.metadata()["record"])
-    except (SafetensorError, OSError, ValueError, KeyError):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         path.unlink()
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from agent_forge.phases.quietstar.config import QuietStarConfig
 from forgekit.data.batches import asked
 from forgekit.data.gym import Problem
-from forgekit.data.thoughts import CLOSE, OPEN, Trace, check, strategy_of, write_traces
+from forgekit.data.thoughts import CLOSE, OPEN, STRATEGIES, Trace, check, strategy_of, write_traces
 from forgekit.data.thoughts.form import DOUBT
 from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
@@ -23,6 +23,8 @@ CALIBRATED_ON = 96
 """Written traces, of the train split, on which a coherence scorer is calibrated."""
 ROOM = 24
 """Tokens left for an answer after its thought."""
+ONE_OF_A_THOUGHT = SamplingConfig(max_tokens=3, thinking_budget=1)
+"""One token that the model chooses; the engine keeps the other two for the end of the thought and an answer."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,25 @@ def scorer_of(model, tokenizer, config: QuietStarConfig, traces: Sequence[Trace]
     return CoherenceScorer(model, tokenizer, config.coherence).calibrate(items)
 
 
-def watch(model, tokenizer, problems: Sequence[Problem], config: QuietStarConfig, scorer: CoherenceScorer) -> Watched:
-    """Let the model think about every question, greedily, and look at the thoughts."""
+def watch(
+    model, tokenizer, problems: Sequence[Problem], config: QuietStarConfig, scorer: CoherenceScorer, system: str = ""
+) -> Watched:
+    """Let the model think about every question, greedily, and look at the thoughts; ``system`` is said before each."""
     began = time.perf_counter()
-    thoughts = think(model, tokenizer, problems, config.theater)
+    thoughts = think(model, tokenizer, problems, config.theater, system)
     seconds = time.perf_counter() - began
     scores = scorer.score([(p.prompt, whole(t)) for p, t in zip(problems, thoughts)])
     return Watched(problems, thoughts, scores, seconds)
+
+
+def watch_told(
+    model, tokenizer, problems: Sequence[Problem], config: QuietStarConfig, scorer: CoherenceScorer
+) -> dict[str, Watched]:
+    """Thoughts by strategy, each asked for by its system message."""
+    return {
+        name: watch(model, tokenizer, problems, config, scorer, name)
+        for name in config.traces.strategies or STRATEGIES.names()
+    }
 
 
 def whole(thought: Thought) -> str:
@@ -123,7 +137,7 @@ def slips_noticed(model, tokenizer, config: QuietStarConfig, split: str = "repor
     engine, doubt, found = Engine(model, tokenizer), tokenizer.token_to_id(DOUBT), []
     for slipped in (False, True):
         prompts = [_until_slip(tokenizer, trace, slipped) for trace in traces if trace.strategy == "doubt"]
-        said = engine.generate(prompts, SamplingConfig(max_tokens=1))
+        said = engine.generate(prompts, ONE_OF_A_THOUGHT)
         found.append(np.array([float(one.tokens[:1] == [doubt]) for one in said]))
     return found[0], found[1]
 
@@ -137,27 +151,33 @@ def _until_slip(tokenizer, trace: Trace, slipped: bool) -> str:
     return asked(tokenizer, trace.problem.prompt) + OPEN + "".join(shown) + segments[at].marker + last
 
 
-def by_kind(watched: Watched) -> dict[str, dict[str, Any]]:
-    """Shares, validity and right answers by strategy and by family."""
-    strategies = [strategy_of(thought.text) for thought in watched.thoughts]
-    families = [problem.family for problem in watched.problems]
-    valid, right, total = watched.valid, watched.right, len(watched.problems)
-    found: dict[str, dict[str, Any]] = {"by_strategy": {}, "by_family": {}}
-    for kind, names in (("by_strategy", strategies), ("by_family", families)):
-        for name in dict.fromkeys(names):
-            at = np.array([one == name for one in names])
-            row = {"valid": float(valid[at].mean()), "right": float(right[at].mean()), "n": int(at.sum())}
-            found[kind][name] = {**row, "share": row["n"] / total}
-    return found
+def by_kind(watched: Watched, told: Mapping[str, Watched]) -> dict[str, dict[str, Any]]:
+    """By strategy: its share of the thoughts that were free to choose, and, where a system message asks for it, how
+    often it is followed, valid and right. By family: valid and right of the free ones."""
+    free = [strategy_of(thought.text) for thought in watched.thoughts]
+    strategies: dict[str, Any] = {}
+    for name, asked_for in told.items():
+        followed = float(np.mean([strategy_of(thought.text) == name for thought in asked_for.thoughts]))
+        row = {"share": free.count(name) / len(free), "followed": followed, "n": len(asked_for.thoughts)}
+        strategies[name] = {**row, "valid": float(asked_for.valid.mean()), "right": float(asked_for.right.mean())}
+    families, names = {}, [problem.family for problem in watched.problems]
+    for name in dict.fromkeys(names):
+        at = np.array([one == name for one in names])
+        row = {"valid": float(watched.valid[at].mean()), "right": float(watched.right[at].mean())}
+        families[name] = {**row, "n": int(at.sum())}
+    return {"by_strategy": strategies, "by_family": families}
 
 
-def examples(watched: Watched, count: int = 10) -> list[dict[str, Any]]:
-    """Thoughts to read: one of every strategy, then wrong answers and thoughts with a false statement."""
-    rows = [_example(p, t, s) for p, t, s in zip(watched.problems, watched.thoughts, watched.scores)]
-    chosen: list[dict[str, Any]] = []
-    for name in dict.fromkeys(row["strategy"] for row in rows):
-        chosen += [row for row in rows if row["strategy"] == name and row["right"]][:1]
-    odd = [row for row in rows if not row["right"]] + [row for row in rows if row["right"] and not row["valid"]]
+def examples(watched: Watched, told: Mapping[str, Watched], count: int = 12) -> list[dict[str, Any]]:
+    """Thoughts to read: one in every strategy, asked for by name and as different as can be, then one free one of every
+    family that went wrong."""
+    chosen = []
+    for number, (name, asked_for) in enumerate(told.items()):
+        rows = [_example(*parts) for parts in zip(asked_for.problems, asked_for.thoughts, asked_for.scores)]
+        good = [row for row in rows if row["strategy"] == name and row["right"] and row["valid"]] or rows
+        chosen.append({**good[(number * len(good)) // len(told)], "strategy": name})
+    free = [_example(*parts) for parts in zip(watched.problems, watched.thoughts, watched.scores)]
+    odd = [row for row in free if not row["right"]] + [row for row in free if row["right"] and not row["valid"]]
     families = {row["family"]: row for row in reversed(odd)}
     return [*chosen, *families.values()][:count]
 
