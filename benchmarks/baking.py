@@ -110,6 +110,8 @@ class Bench:
             "prompted": self.asked(self.model, self.thinking, self.strategy),
             "second": self.asked(self.model, self.thinking, self.second),
             "others": self.asked(self.model, self.others),
+            "others prompted": self.asked(self.model, self.others, self.strategy),
+            "others second": self.asked(self.model, self.others, self.second),
             "families": [[task.name for task in tasks] for tasks in (self.thinking, self.others)],
         }
 
@@ -218,7 +220,7 @@ def notes(found: dict[str, Any], asked: argparse.Namespace, met: dict[str, bool]
     sequence, again, steps = found["sequential"], found["full"]["prompted"]["right"], found["memory"]
     shape = f"{MEMORY_ROWS} answers of {MEMORY_TOKENS} tokens and a vocabulary of {steps['whole']['vocabulary']:,}"
     regained = paired_difference(base["prompted"]["right"], again)
-    chunks, whole = steps["chunked"], steps["whole"]
+    chunks, whole, plain = steps["chunked"], steps["whole"], base["others"]["right"]
     return [
         f"The prompt is the system message `{asked.strategy}`; the model thinks in {', '.join(thinking)}, judged on "
         f"the select split, and answers {', '.join(others)} at once. {len(base['bare']['right'])} report problems with "
@@ -228,6 +230,9 @@ def notes(found: dict[str, Any], asked: argparse.Namespace, met: dict[str, bool]
         f"{percent(sequence['baked'][second])} % (prompted with it the parent does in "
         f"{percent(base['second'][second])} %), and its answers are compared to those of the parent prompted with the "
         "second. Its divergence and r2 are those of the second, too.",
+        f"Those other families are asked without a prompt. What a prompt itself does to them, on the parent: "
+        f"`{asked.strategy}` {points(paired_difference(plain, base['others prompted']['right']))} points, `{second}` "
+        f"{points(paired_difference(plain, base['others second']['right']))}.",
         f"Half ended at a strength of {found['half']['strength'][0]:.3f} on the answers that decide.",
         f"Prompting the fully baked model again: {points(regained)} points against the prompted parent.",
         f"One training step at the shape of profile small, {shape}: {chunks['peak'] / 1e9:.2f} GB at the peak and "

@@ -139,9 +139,9 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend. Without ``state`` nothing before the first token is seen and no state is returned."""
-        q, k, v, tail = self._project(x_BTD, pos_BT, state, lengths_B)
+        q, k, v, tail = self.project(x_BTD, pos_BT, state, lengths_B)
         if state is None:
-            out = self._attend_fresh(q, k, v)
+            out = self.attend_fresh(q, k, v)
         elif q.shape[2] == 1 and lengths_B is None:
             state = ring_write(state, k, v, pos_BT)
             out = attend_masked(q, state.k_BHPK, state.v_BHPK, self._visible(pos_BT, state.pos_BP))
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             state = replace(state, tail_BJC=tail)
         return self.wo(out.transpose(1, 2).reshape(x_BTD.shape)), state
 
-    def _project(self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None):
+    def project(self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None):
         """Rotated queries and keys, values, each (B, H, T, K), and the convolution's tail."""
         B, T, _ = x_BTD.shape
         parts, tail = [w(x_BTD) for w in (self.wq, self.wk, self.wv)], None
@@ -168,7 +168,8 @@ class Attention(nn.Module):
             self.longest_2H = torch.maximum(self.longest_2H, longest(q.detach(), k.detach()))
         return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v, tail
 
-    def _attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention among new tokens with nothing before them; all (B, H, T, K)."""
         T, W = q.shape[2], self.shape.window
         if W == 0 or T <= W:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)

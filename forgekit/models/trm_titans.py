@@ -213,7 +213,7 @@ class TRMTitans(nn.Module):
 
     def read_out(self, h: Tensor) -> Tensor:
         """Next-token scores (..., V) of the features (..., D) of :meth:`features`, recursion included."""
-        return self._answer(h.flatten(0, -2)).logits.view(*h.shape[:-1], -1)
+        return self._answer(h.reshape(-1, h.shape[-1])).logits.view(*h.shape[:-1], -1)
 
     def score_at(self, input_ids_BT: Tensor, at_N: Tensor) -> Output:
         """As :meth:`forgekit.models.gpt.GPT.score_at`; recursion, too, runs on those positions only."""

@@ -158,7 +158,7 @@ def test_the_bound_is_a_bound_and_covers_every_micro_batch_since_the_last_clip()
     layer, x = attention(qk_norm=False).train(), tokens(6, 8)
     layer(x, places(6, 8), None, None)
     at_once = layer.logit_bound_H.clone()
-    q, k, *_ = layer._project(x, places(6, 8), None, None)
+    q, k, *_ = layer.project(x, places(6, 8), None, None)
     logits = q @ k.mT * q.shape[-1] ** -0.5
     assert bool((logits.abs().amax((0, 2, 3)) <= at_once + 1e-5).all())
     layer.longest_2H.zero_()

@@ -188,9 +188,9 @@ class DiagonalReading:
         pos_BT = torch.arange(T, device=device).expand(B, T)
         x_BTD, self._context = model.embedding.embed(ids_BT), []
         for block in model.blocks:
-            q, k, v, _ = block.attn._project(block.norm1(x_BTD), pos_BT, None, None)
+            q, k, v, _ = block.attn.project(block.norm1(x_BTD), pos_BT, None, None)
             self._context.append((k, v))
-            x_BTD = _rest_of(block, x_BTD, block.attn._attend_fresh(q, k, v))
+            x_BTD = _rest_of(block, x_BTD, block.attn.attend_fresh(q, k, v))
         self.features_BTD = model.norm(x_BTD)
 
     def start(self, point_R: Tensor) -> DiagonalState:
@@ -203,7 +203,7 @@ class DiagonalReading:
         table = _Table(self.points.row_N[state.point_R], self.features_BTD.shape[0])
         x_RLD, layers = self.model.embedding.embed(ids_RL), []
         for i, block in enumerate(self.model.blocks):
-            q, k, v, _ = block.attn._project(block.norm1(x_RLD), pos_RL, None, None)
+            q, k, v, _ = block.attn.project(block.norm1(x_RLD), pos_RL, None, None)
             if state.layers:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(state.layers[i], (k, v)))
             layers.append((k, v))

@@ -92,7 +92,7 @@ def attention_dispersion(model: nn.Module, read) -> tuple[object, Tensor | None]
 
 def _spread(layer: nn.Module, x_BTD: Tensor, pos_BT: Tensor) -> Tensor:
     """Normalised entropy (B, T) of one layer's attention, the mean over its heads."""
-    q, k, _, _ = layer._project(x_BTD, pos_BT, None, None)
+    q, k, _, _ = layer.project(x_BTD, pos_BT, None, None)
     gap_BTT = pos_BT[:, :, None] - pos_BT[:, None, :]
     visible = (gap_BTT >= 0) & (gap_BTT < (layer.shape.window or gap_BTT.shape[1]))
     scores = (q.float() @ k.float().mT / math.sqrt(q.shape[-1])).masked_fill(~visible[:, None], -math.inf)

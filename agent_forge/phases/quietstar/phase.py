@@ -51,7 +51,7 @@ from forgekit.store.artifact import MANIFEST, Artifact, ArtifactExtras, amend_ev
 from forgekit.store.fsio import sha256_file
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import agreed, world
-from forgekit.train.setup import training_device
+from forgekit.train.setup import choose_plan, training_device
 
 THINKER = "thinker"
 STEP_ONE, STEP_TWO = "step 1", "step 2"
@@ -201,6 +201,10 @@ class QuietStarPhase(PhaseController):
         talker = QuietTalker(
             copy.deepcopy(one), marks, config.quiet.talk, copy.deepcopy(one), train.optimizer.kl_coefficient
         )
+        if not train.micro_batch:  # a row holds its branches as well, which the training loop does not know
+            longest = train.replace(seq_len=config.quiet.talk.tokens_per_row(train.seq_len))
+            plan = choose_plan(talker.model, longest, training_device(train.device), share=world()[1])
+            train = train.replace(micro_batch=plan.micro_batch)
         questions = held_out(config.traces.mix, config.quiet.watched, "select")
         agreed(lambda: self._look(0, one, data, questions))
         at = {round(train.steps * number / config.quiet.validations): number for number in
