@@ -56,7 +56,7 @@ def told(tokenizer, prompt: str, system: str) -> str:
     messages.append({"role": "user", "content": prompt})
     if not hasattr(tokenizer, "chat_text"):
         return chat_text(messages, generate=True)
-    return tokenizer.chat_text(messages) or "\n\n".join(m["content"] for m in messages) + "\n"
+    return tokenizer.chat_text(messages) or "\n\n".join(m["content"] for m in messages) + "\n\n"
 
 
 def encode_texts(tokenizer, texts: Iterable[str]) -> np.ndarray:

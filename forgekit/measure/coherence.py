@@ -65,7 +65,8 @@ class Coherence:
     Attributes:
         semantic, logical, relevance, fluency: see the module.
         coherence: their weighted mean.
-        valid: it is well formed, no false statement is left, and its coherence reaches the threshold.
+        valid: it is well formed, no false statement is left, its steps lead to the right answer where
+            that can be read, and its coherence reaches the threshold.
     """
 
     semantic: float
@@ -240,7 +241,7 @@ class CoherenceScorer:
 
     def _joined(self, values: np.ndarray, found: Check) -> Coherence:
         total = float(np.dot(values, self.config.weights))
-        return Coherence(*map(float, values), total, found.valid and total >= self.config.threshold)
+        return Coherence(*map(float, values), total, found.sound and total >= self.config.threshold)
 
     def _calibrated(self, prompts: Sequence[str]) -> Calibration:
         if self.calibration is None:

@@ -17,9 +17,7 @@ from forgekit.errors import ArtifactError
 from forgekit.models.base import CausalLM
 
 
-def hidden(
-    model: CausalLM, ids_BT: Tensor, state: Any = None, lengths_B: Tensor | None = None
-) -> tuple[Tensor, Any]:
+def hidden(model: CausalLM, ids_BT: Tensor, state: Any = None, lengths_B: Tensor | None = None) -> tuple[Tensor, Any]:
     """Features (B, T, D) before the output head, and the state after the tokens (None without a state before)."""
     h_BTD, after, *_ = model.features(ids_BT, state, lengths_B)
     return h_BTD, after

@@ -132,7 +132,7 @@ QUIETSTAR: tuple[Row, ...] = (
     ("phase/accuracy_parent", "share", "phase", "right answers of the parent"),
     ("phase/accuracy_by_itself", "share", "phase", "right answers where the model decides whether to think"),
     ("phase/predictive_power", "share", "phase", "right answers likelier after their own thought than after another's"),
-    ("phase/coherence_correlation", "1", "phase", "coherence and right answers; -1.5 where it cannot be computed"),
+    ("phase/coherence_correlation", "1", "phase", "coherence and right answers; null where it cannot be computed"),
     ("phase/theater_detected", "bool", "phase", "whether the controls were not passed"),
     ("phase/skills_before", "share", "phase", "the parent on its other skills, report split"),
     ("phase/skills_after", "share", "phase", "the thinker on them"),

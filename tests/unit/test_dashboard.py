@@ -586,6 +586,9 @@ def test_a_training_loss_is_drawn_once(thoughtful):
     assert "Nats per token on the batch" not in phase_section(type(phase)(**logged))
     alone = type(phase)(**{**logged, "thinking": Thinking()})
     assert "Training loss" in phase_section(alone) and "Branched" not in phase_section(alone)
+    phases = (*thoughtful.phases[:2], type(phase)(**logged))
+    told = markdown(type(thoughtful)(**{**thoughtful.__dict__, "phases": phases}))
+    assert told.count("### Training loss") == 1, "phase 1's"
 
 
 def test_markdown_tells_of_thoughts_too(thoughtful):
@@ -597,7 +600,6 @@ def test_markdown_tells_of_thoughts_too(thoughtful):
                  "- not used: coherence and right answers"):  # fmt: skip
         assert line in told, line
     assert "&lt;of its kind&gt;" in told and whole_rows(told) > 80
-    assert markdown(thoughtful).count("### Training loss") == 1, "phase 3 tells its loss with step 1"
 
 
 # The house

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -569,7 +570,7 @@ def verdicts(found) -> dict[str, str]:
 
 def test_what_went_well_passes_the_gate(thoughtful):
     found = ev.measure(config(), finals(thoughtful[0]))
-    decision = ev.decide("fall_back", found, thoughtful[0])
+    decision = ev.decide(config(), "fall_back", found, thoughtful[0])
     assert decision.passed, decision.reasons
     assert verdicts(found)["thoughts on add"] == "improved" and verdicts(found)[ev.SLIPS] == "improved"
     assert not any(claim.startswith("step 2") for claim in verdicts(found)), "there was no step 2"
@@ -580,7 +581,7 @@ def test_theater_is_a_no_of_its_own(thoughtful):
     honest, decorative = thoughtful
     assert decorative.theater_detected and not honest.theater_detected
     found = ev.measure(config(), finals(honest))
-    decision = ev.decide("fall_back", found, decorative)
+    decision = ev.decide(config(), "fall_back", found, decorative)
     assert not decision.passed
     noes = [reason for reason in decision.reasons if reason.startswith("no")]
     assert noes and all(reason.startswith("no: theater detected: ") for reason in noes)
@@ -593,7 +594,7 @@ def test_levels_that_the_parent_cannot_do_come_from_the_select_split(thoughtful)
     assert found[ev.BELOW].n == len(honest.problems) and found[ev.BELOW].verdict == "improved"
     none = {e.claim: e for e in ev.measure(config(), finals(honest, below=frozenset({"add/5"})))}
     assert (none[ev.BELOW].n, none[ev.BELOW].verdict) == (0, "no-signal")
-    decision = ev.decide("fall_back", none.values(), honest)
+    decision = ev.decide(config(), "fall_back", list(none.values()), honest)
     assert not decision.passed, "where there was nothing to improve nothing is claimed"
 
 
@@ -604,7 +605,7 @@ def test_the_parents_skills_may_lose_a_little(thoughtful, points, skills, verdic
     given = finals(thoughtful[0], lost=skills * points // 100, skills=skills)
     found = ev.measure(config(), given)
     assert verdicts(found)[ev.KEPT] == (verdict or "no-difference"), "an interval that reaches the grace is no proof"
-    assert ev.decide("fall_back", found, thoughtful[0]).passed == (verdict == "improved")
+    assert ev.decide(config(), "fall_back", found, thoughtful[0]).passed == (verdict == "improved")
     (plain,) = [item for item in found if item.claim == "the parent's other skills"]
     assert plain.after == pytest.approx(1 - points / 100) and plain.before == 1
 
@@ -614,7 +615,42 @@ def test_thoughts_that_are_not_valid_are_a_no(thoughtful):
     poor = [Coherence(0.8, 0.2, 0.8, 0.6, 0.4, i % 2 == 0) for i in range(40)]
     found = ev.measure(config(), finals(thoughtful[0], watched=Watched(*_parts(given.watched), poor, 1.0)))
     assert verdicts(found)[ev.VALID] == "worse"
-    assert not ev.decide("fall_back", found, thoughtful[0]).passed
+    assert not ev.decide(config(), "fall_back", found, thoughtful[0]).passed
+
+
+def test_means_that_miss_what_is_asked_are_a_no(thoughtful):
+    """A verdict tells on which side an interval lies; 72 % valid of many is not 75 %, 3 points are not 20."""
+    given = finals(thoughtful[0])
+    n = len(given.watched.thoughts)
+    some = [Coherence(0.8, 1.0, 0.8, 0.6, 0.9, i >= n * 0.28) for i in range(n)]
+    found = ev.measure(config(), finals(thoughtful[0], watched=Watched(*_parts(given.watched), some, 1.0)))
+    assert verdicts(found)[ev.VALID] == "no-difference"
+    decision = ev.decide(config(), "fall_back", found, thoughtful[0])
+    assert not decision.passed and any("is asked for" in reason for reason in decision.reasons)
+    found = ev.measure(config(), given)
+    assert ev.decide(config(), "fall_back", found, thoughtful[0]).passed
+    assert not ev.decide(config(least_gain=1.0), "fall_back", [
+        item.replace(after=0.9) if item.claim == ev.BELOW else item for item in found
+    ], thoughtful[0]).passed  # fmt: skip
+
+
+def test_a_parent_that_can_do_nothing_keeps_nothing(thoughtful):
+    """With grace, nothing kept of nothing would count as kept."""
+    found = ev.measure(
+        config(), finals(thoughtful[0], skills=200, kept=np.zeros((2, 200)))
+    )
+    assert verdicts(found)[ev.KEPT] == "improved" and verdicts(found)[ev.SKILLS] == "no-signal"
+    assert not ev.decide(config(), "fall_back", found, thoughtful[0]).passed
+
+
+def test_what_the_parent_could_do_of_the_same_questions_must_stay(thoughtful):
+    honest = thoughtful[0]
+    able = replace(honest, rights={**honest.rights, "parent": np.ones(len(honest.problems))})
+    found = ev.measure(config(), finals(able, below=frozenset()))
+    assert verdicts(found)[ev.KNOWN] == "improved", "nothing was lost, and the grace is there"
+    lost = replace(able, rights={**able.rights, "with": np.zeros(len(honest.problems))})
+    assert verdicts(ev.measure(config(), finals(lost, below=frozenset())))[ev.KNOWN] == "worse"
+    assert ev.KNOWN in ev.gate("fall_back", known=True).requires
 
 
 def _parts(watched: Watched):
@@ -735,7 +771,7 @@ def test_its_numbers_agree_with_each_other(thinker):
     assert metrics["phase/step2_nats_equal_compute"] == pytest.approx(claims[ev.STEP_TWO_EQUAL].before)
     flops = metrics["steps"]["two"]["flops"]
     assert flops["continued"] == pytest.approx(flops["quiet"], rel=0.5), "as many whole steps as come nearest"
-    gate = ev.gate("fall_back").decide(result.evidence)
+    gate = ev.gate("fall_back", ev.KNOWN in claims).decide(result.evidence)
     assert result.artifacts["gate"]["passed"] == (gate.passed and not metrics["phase/theater_detected"])
     assert forge.logger.phase("quietstar").missing() == []
     assert {path.name for path in (forge.folder / "phase3_quietstar").iterdir()} == {"thinker", "result.json"}

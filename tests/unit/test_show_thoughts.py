@@ -68,6 +68,13 @@ def test_the_controls_are_printed_with_their_intervals_in_order(shown):
     ]
 
 
+def test_a_condition_that_was_not_measured_is_a_dash(shown):
+    found = result()
+    del found["metrics"]["controls"][0]["accuracy"]
+    (own,) = rows(shown(found).out, "with thoughts")
+    assert own == ["with thoughts", "-", "-", "the model thinks, then answers"]
+
+
 def test_the_judgement_stands_directly_before_the_gate(shown):
     err = shown(result()).err.splitlines()
     judged = err.index("No theater: every requirement that could be computed is met.")

@@ -135,6 +135,8 @@ class QuietStarConfig(Config):
     """Measurements."""
     below: Share = 0.5
     """A level counts as one that the parent cannot do when its accuracy there is below this (select split)."""
+    least_gain: Share = 0.2
+    """Accuracy that thoughts must add on those levels, as the mean; the interval must exclude zero."""
     least_valid: Share = 0.75
     """Share of valid thoughts that the gate asks for."""
     grace: Share = 0.03

@@ -21,6 +21,8 @@ from forgekit.measure.theater import evidence as theater_evidence
 
 BELOW = "thoughts help where the parent could not"
 KEPT = "the parent's other skills, with grace"
+SKILLS = "the parent's other skills"
+KNOWN = "what the parent could do of the same questions, with grace"
 VALID = "thoughts are valid"
 SLIPS = "slips are noticed"
 TEXT = "text against the parent's"
@@ -66,8 +68,13 @@ class Finals:
     compute: dict[str, float]
 
 
-def gate(policy: str) -> Gate:
-    """What phase 3 must show: thoughts that carry the answers, and skills that are still there."""
+def gate(policy: str, known: bool) -> Gate:
+    """What phase 3 must show: thoughts that carry the answers, and skills that are still there.
+
+    Args:
+        policy: what happens when it says no.
+        known: whether the parent could do some of the questions that are thought about.
+    """
     needs = {
         BELOW: "improved",
         "thoughts beat the parent": "improved",
@@ -77,16 +84,25 @@ def gate(policy: str) -> Gate:
         VALID: "not-worse",
         KEPT: "improved",
     }
+    if known:
+        needs[KNOWN] = "improved"
     return Gate(name="quietstar", requires=needs, policy=policy)
 
 
-def decide(policy: str, evidence: Sequence[Evidence], theater: TheaterReport) -> GateResult:
-    """The gate's decision; detected theater is a no of its own."""
-    decision = gate(policy).decide(evidence)
-    if not theater.theater_detected:
-        return decision
+def decide(config: QuietStarConfig, policy: str, evidence: Sequence[Evidence], theater: TheaterReport) -> GateResult:
+    """The gate's decision. Detected theater is a no of its own, and so are means that miss what the settings ask for:
+    a verdict tells the side of an interval, not how far."""
+    claims = {item.claim: item for item in evidence}
+    decision = gate(policy, KNOWN in claims).decide(evidence)
     reasons = [f"no: theater detected: {f.reason}" for f in theater.findings if f.passed is False]
-    return GateResult(passed=False, reasons=(*decision.reasons, *reasons))
+    gain, valid, skills = (claims.get(name) for name in (BELOW, VALID, SKILLS))
+    if gain and None not in (gain.before, gain.after) and gain.after - gain.before < config.least_gain:
+        reasons.append(f"no: {BELOW} by {gain.after - gain.before:.3f}, {config.least_gain:g} is asked for")
+    if valid and valid.after is not None and valid.after < config.least_valid:
+        reasons.append(f"no: {VALID}: {valid.after:.3f}, {config.least_valid:g} is asked for")
+    if skills and skills.verdict == "no-signal":
+        reasons.append(f"no: {SKILLS}: the parent is not above chance on them, so nothing can be said to be kept")
+    return GateResult(passed=decision.passed and not reasons, reasons=(*decision.reasons, *reasons))
 
 
 def measure(config: QuietStarConfig, finals: Finals) -> list[Evidence]:
@@ -140,7 +156,13 @@ def _kept(config: QuietStarConfig, finals: Finals, common: dict[str, Any]) -> li
         )
     ]
     question = {"metric": "exact_match", "chance": chance_of(finals.skill_mix, finals.skills), **common}
-    claims.append(Evidence.compare(claim="the parent's other skills", before=before, after=after, **question))
+    claims.append(Evidence.compare(claim=SKILLS, before=before, after=after, **question))
+    problems, rights = finals.theater.problems, finals.theater.rights
+    at = [i for i, p in enumerate(problems) if f"{p.family}/{p.level}" not in finals.below]
+    if at:
+        known, now = rights["parent"][at] - config.grace, rights["with"][at]
+        question = {"metric": "skills_with_grace", "chance": None, **common}
+        claims.append(Evidence.compare(claim=KNOWN, before=known, after=now, **question))
     old, new = finals.text
     question = {"claim": TEXT, "metric": "bits_per_byte", "chance": None, "higher_is_better": False, **common}
     claims.append(Evidence.compare(before=old.per_window, after=new.per_window, **question))

@@ -117,6 +117,8 @@ def ranks(score_BT: Tensor, eligible_BT: Tensor) -> Tensor:
 def weighted(signals: Mapping[str, Tensor], plan: PointPlan) -> Tensor:
     """The weighted mean of the signals that are there; weights of missing ones count for nothing."""
     weights = {name: getattr(plan, name) for name in signals}
+    if not any(weights.values()):  # what weighs something is not to be had from this model: take what there is
+        weights = dict.fromkeys(signals, 1.0)
     total = sum(weights.values())
     return sum(signals[name] * (weight / total) for name, weight in weights.items() if weight)
 

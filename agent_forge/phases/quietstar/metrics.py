@@ -10,9 +10,6 @@ from agent_forge.pipeline.phase import PhaseContext
 from forgekit.measure.theater import TheaterReport
 from forgekit.tracking.loggers import PhaseLogger
 
-UNKNOWN = -1.5
-"""A correlation that could not be computed: outside of what a correlation can be."""
-
 
 def emit_watched(logger: PhaseLogger, number: int, watched: Watched) -> dict[str, Any]:
     """One look at the thoughts; returns what was told.
@@ -90,7 +87,7 @@ def emit_phase(context: PhaseContext, facts: dict[str, Any]) -> dict[str, Any]:
         "phase/accuracy_trained_without": accuracy["no_thought"],
         "phase/accuracy_parent": accuracy["parent"],
         "phase/predictive_power": theater.power[0],
-        "phase/coherence_correlation": theater.correlation[0] if theater.correlation else UNKNOWN,
+        "phase/coherence_correlation": theater.correlation[0] if theater.correlation else None,
         "phase/theater_detected": theater.theater_detected,
         "handoff/from_phase2": taken.accepted,
         "handoff/to_phase4": given.accepted,

@@ -39,9 +39,11 @@ from agent_forge.phases.quietstar.watching import (
 from agent_forge.pipeline.phase import PhaseController, PhaseResult, Progress
 from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
+from forgekit.data.batches import Mixture, asked
 from forgekit.data.plans import GymMix, TextPlan
 from forgekit.data.problems import held_out
-from forgekit.errors import ConfigError
+from forgekit.data.thoughts import OPEN
+from forgekit.errors import ArtifactError, ConfigError
 from forgekit.measure.problems import by_level
 from forgekit.measure.scores import score_problems, score_windows
 from forgekit.measure.theater import anti_theater
@@ -94,7 +96,8 @@ class Steps:
         talker: after step 2; ``continued``: step 1 trained on at the same compute; None without step 2.
         records: of every training.
         equal: compute of step 2 and of what was continued, in FLOPs.
-        valid: share of held-out thoughts after step 1 that hold.
+        valid: share of held-out thoughts after step 1 that are sound.
+        choice: which step is handed on, and why.
     """
 
     one: torch.nn.Module
@@ -104,6 +107,7 @@ class Steps:
     records: dict[str, dict[str, Any]]
     equal: tuple[float, float]
     valid: float
+    choice: dict[str, Any]
 
 
 class QuietStarPhase(PhaseController):
@@ -119,6 +123,10 @@ class QuietStarPhase(PhaseController):
             ConfigError: not exactly one model, or nobody knows what it can do.
             ArtifactError: its thinking tokens mean something else.
         """
+        for name in ("teach", "quiet"):
+            if getattr(self.config, name).train.parallel == "fsdp":
+                where = f"phases.quietstar.{name}.train.parallel"
+                raise ConfigError("phase 3 looks at whole models while it trains", where=where, remedy="use replicate")
         self._open(models)
 
     def run(self, models: list[str]) -> PhaseResult:
@@ -142,6 +150,9 @@ class QuietStarPhase(PhaseController):
         model, tokenizer = read_model(folder)
         fresh = copy.deepcopy(model)
         tokens = prepare_thinking(fresh, tokenizer, self.config.seed)
+        if asked(tokenizer, "?").rstrip().endswith(OPEN):
+            remedy = "give a chat template that leaves it to the model"
+            raise ArtifactError(f"its chat template opens {OPEN} itself", where="tokenizer", remedy=remedy)
         notes = list(tokens.notes)
         if not has_chat_format(tokenizer):
             notes.append("the model has no chat format: questions are plain text")
@@ -189,9 +200,16 @@ class QuietStarPhase(PhaseController):
         valid = agreed(lambda: valid_share(one, data.tokenizer, data.select, config))
         self.context.logger.event("step_1", held_out_valid=valid, converged=valid >= config.teach.converged)
         if not config.quiet.run:
-            return Steps(one, plain, None, None, records, (0.0, 0.0), valid)
+            why = {"chosen": STEP_ONE, "why": "step 2 is switched off"}
+            return Steps(one, plain, None, None, records, (0.0, 0.0), valid, why)
         talker, continued, equal = self._quiet(one, data, workshop, records)
-        return Steps(one, plain, talker, continued, records, equal, valid)
+        choice = agreed(lambda: self._choose(data, one, talker))
+        if choice["chosen"] == STEP_TWO:  # what is handed on has had more compute: so must its control
+            mixture = teaching(config, data, False)
+            further = train.replace(steps=max(1, round(equal[0] / step_flops(one, train, mixture))))
+            torch.manual_seed(train.seed)
+            records["no thoughts, further"] = workshop.train("no thoughts, further", plain, mixture, further)
+        return Steps(one, plain, talker, continued, records, equal, valid, choice)
 
     def _quiet(self, one, data: QuietData, workshop: Workshop, records: dict[str, dict[str, Any]]):
         """Step 2, and step 1 trained on in the ordinary way with the same compute."""
@@ -216,9 +234,7 @@ class QuietStarPhase(PhaseController):
         mixture = talking(config, data)
         records[STEP_TWO] = workshop.train(STEP_TWO, talker, mixture, train, (frozenset(at), look))
         agreed(lambda: emit_steps(self.context.logger, records[STEP_TWO]["history"]))
-        drawn = [mixture.batch(i) for i in range(8)]
-        share = sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
-        each = ordinary_flops(one, train.seq_len, share) * train.rows * train.seq_len
+        each = step_flops(one, train, mixture)
         # Every process counts its own rows; the first one's count, taken for all, survives a restart.
         spent = agreed(lambda: talker.spent_flops) * world()[1]
         longer: TrainConfig = train.replace(steps=max(1, round(spent / each)))
@@ -237,7 +253,8 @@ class QuietStarPhase(PhaseController):
     def _finish(self, parent: Parent, data: QuietData, steps: Steps, began: float) -> PhaseResult:
         """Choose, measure, save. Models are compared where they are."""
         self.context.show(Progress("evidence", 0, 1, "scoring the report split"))
-        chosen, choice = self._choose(data, steps)
+        choice = steps.choice
+        chosen = choice["chosen"]
         model = steps.talker.model if chosen == STEP_TWO else steps.one
         finals, told = self._finals(parent, data, steps, model)
         evidence = measure(self.config, finals)
@@ -252,7 +269,7 @@ class QuietStarPhase(PhaseController):
         model_id = self._save(parent, data, steps, (chosen, model), (tables, values))
         amend_evidence(self.context.storage.resolve(model_id), [e.model_dump(mode="json") for e in evidence])
         self.context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
-        decision = decide(self.context.profile.gate, evidence, finals.theater)
+        decision = decide(self.config, self.context.profile.gate, evidence, finals.theater)
         seconds = time.perf_counter() - began
         facts = {"theater": finals.theater, "watched": finals.watched.summary(), "model": model_id}
         facts |= {"parent": parent.model_id, "values": values | {"phase/duration_seconds": seconds}}
@@ -276,21 +293,18 @@ class QuietStarPhase(PhaseController):
             evidence=evidence,
         )
 
-    def _choose(self, data: QuietData, steps: Steps) -> tuple[str, dict[str, Any]]:
+    def _choose(self, data: QuietData, one, talker: QuietTalker) -> dict[str, Any]:
         """The step with more right answers after thoughts on the select split; a tie goes to step 2."""
-        found = {STEP_ONE: self._select(steps.one, data)}
-        if steps.talker is None:
-            return STEP_ONE, {"chosen": STEP_ONE, "why": "step 2 is switched off", "select": found}
-        found[STEP_TWO] = self._select(steps.talker.model, data)
+        found = {STEP_ONE: self._select(one, data), STEP_TWO: self._select(talker.model, data)}
         chosen = STEP_TWO if found[STEP_TWO] >= found[STEP_ONE] else STEP_ONE
         why = f"{100 * found[STEP_ONE]:.1f} % right after step 1, {100 * found[STEP_TWO]:.1f} % after step 2"
-        return chosen, {"chosen": chosen, "why": f"{why} (select split, {len(data.select)} questions)", "select": found}
+        return {"chosen": chosen, "why": f"{why} (select split, {len(data.select)} questions)", "select": found}
 
     def _select(self, model, data: QuietData) -> float:
         return float(answers(model, data.tokenizer, data.select, self.config.theater.thinking_budget)[0].mean())
 
     def _finals(self, parent: Parent, data: QuietData, steps: Steps, model) -> tuple[Finals, dict[str, Any]]:
-        config, tokenizer, old = self.config, data.tokenizer, parent.model.to(training_device("auto"))
+        config, tokenizer, old = self.config, data.tokenizer, parent.model.to(next(model.parameters()).device)
         scorer = scorer_of(model, tokenizer, config, data.book.traces)
         baselines = {
             "no_thought": score_problems(steps.plain, tokenizer, data.report).right,
@@ -304,7 +318,8 @@ class QuietStarPhase(PhaseController):
         by_itself, thought = answers(model, tokenizer, [*data.report, *data.skills], budget)
         known = by_level(data.select, score_problems(old, tokenizer, data.select).right)
         kept = np.stack([score_problems(old, tokenizer, data.skills).right, by_itself[len(data.report) :]])
-        flops = {f"{name}_tokens": float(record["tokens"]) for name, record in steps.records.items()}
+        compute = {f"{name} tokens": float(record["tokens"]) for name, record in steps.records.items()}
+        compute |= {"step 2 flops": steps.equal[0], "continued flops": steps.equal[1]}  # its thoughts are tokens too
         finals = Finals(
             theater=theater,
             watched=watched,
@@ -316,7 +331,7 @@ class QuietStarPhase(PhaseController):
             slips=slips_noticed(model, tokenizer, config),
             quiet=self._nats(data, steps),
             steps=self._both(data, steps, model, by_itself[: len(data.report)]),
-            compute={name.replace(" ", "_"): value for name, value in flops.items()},
+            compute={name.replace(", ", "_").replace(" ", "_"): value for name, value in compute.items()},
         )
         return finals, {"by_itself": by_itself, "thought": thought, "asked": asked}
 
@@ -337,7 +352,8 @@ class QuietStarPhase(PhaseController):
 
     def _plain(self, model, steps: Steps) -> QuietTalker:
         """A model whose loss without thoughts is wanted, counted in the same way."""
-        return QuietTalker(model, steps.talker.marks, self.config.quiet.talk)
+        talker = QuietTalker(model, steps.talker.marks, self.config.quiet.talk)
+        return talker.to(next(model.parameters()).device)
 
     def _both(self, data: QuietData, steps: Steps, model, known: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Right answers after step 1 and after step 2; ``known`` are those of ``model``, one of the two."""
@@ -436,6 +452,13 @@ class QuietStarPhase(PhaseController):
         return context.storage.save_model(
             model, context.session_id, self.name, THINKER, metadata, tokenizer=data.tokenizer, extras=extras
         )
+
+
+def step_flops(model: torch.nn.Module, train: TrainConfig, mixture: Mixture) -> float:
+    """FLOPs of an ordinary training step on a mixture, by the share of its tokens that carry a label."""
+    drawn = [mixture.batch(i) for i in range(8)]
+    share = sum(b.supervised for b in drawn) / sum(b.inputs.size for b in drawn)
+    return ordinary_flops(model, train.seq_len, share) * train.rows * train.seq_len
 
 
 def _curve(record: Mapping[str, Any], name: str) -> list[list[float]]:

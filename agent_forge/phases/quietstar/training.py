@@ -17,6 +17,7 @@ from forgekit.train.checkpoints import CheckpointManager
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import agreed
 from forgekit.train.loop import BatchSource, StepInfo, Trainer
+from forgekit.train.setup import training_device
 
 Watch = Callable[[int], dict[str, Any]]
 """Looks at the model after a step; what it returns is kept in the history."""
@@ -55,12 +56,14 @@ class Workshop:
         record = agreed(lambda: _restored(path))
         if record is None:
             record = self._trained(name, model, data, train, watch)
-            whole = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+            # Clones: an embedding that is the head's too is there twice, and safetensors refuses shared memory.
+            whole = {n: t.detach().cpu().clone().contiguous() for n, t in model.state_dict().items()}
             agreed(lambda: fsio.write_atomic(path, save(whole, {"record": json.dumps(record)})))
             agreed(lambda: self._checkpoints(name).is_dir() and fsio.remove_tree(self._checkpoints(name)))
         else:
             with safe_open(str(path), "pt") as file:
                 model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})
+            model.to(training_device(train.device))
             self.context.show(Progress(name, train.steps, train.steps, "already made"))
         model.eval()
         return record

@@ -107,9 +107,10 @@ def whole(thought: Thought) -> str:
 
 
 def valid_share(model, tokenizer, problems: Sequence[Problem], config: QuietStarConfig) -> float:
-    """Share of thoughts that are well formed and of which every statement holds; coherence is not asked."""
+    """Share of thoughts that are sound: well formed, every statement holds, they lead to the answer. Coherence is not
+    asked."""
     thoughts = think(model, tokenizer, problems, config.theater)
-    return float(np.mean([check(p.prompt, whole(t)).valid for p, t in zip(problems, thoughts)]))
+    return float(np.mean([check(p.prompt, whole(t)).sound for p, t in zip(problems, thoughts)]))
 
 
 def answers(model, tokenizer, problems: Sequence[Problem], budget: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +190,8 @@ def _example(problem: Problem, thought: Thought, score: Coherence) -> dict[str, 
         notes.append("it is not well formed")
     elif found.false:
         notes.append(f"{found.false} of {found.statements} statements do not hold")
+    elif not found.complete:
+        notes.append("its steps do not lead to the answer")
     return {
         "family": problem.family,
         "asked": problem.prompt,

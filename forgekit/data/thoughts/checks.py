@@ -20,6 +20,7 @@ class Check:
         true: of these, the ones that hold.
         mended: of these, the false ones that a doubt corrects at once.
         unchecked: pieces that cannot be right or wrong, or that nobody here can judge.
+        complete: its steps lead to the right answer; taken as true where that cannot be read.
     """
 
     well_formed: bool
@@ -27,6 +28,7 @@ class Check:
     true: int = 0
     mended: int = 0
     unchecked: int = 0
+    complete: bool = True
 
     @property
     def false(self) -> int:
@@ -37,6 +39,18 @@ class Check:
     def valid(self) -> bool:
         """Whether it is well formed, says something, and nothing false is left."""
         return self.well_formed and not self.false and self.statements + self.unchecked > 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is valid and leads to the right answer: words that say nothing wrong are not enough."""
+        return self.valid and self.complete
+
+
+def _complete(prompt: str, thought: Thought, known: View | None, true: int) -> bool:
+    if known is None:
+        return True
+    led_to = conclusion(prompt, thought)
+    return true > 0 if led_to is None else led_to == known.answer
 
 
 def check(prompt: str, text: str | Thought) -> Check:
@@ -59,7 +73,8 @@ def check(prompt: str, text: str | Thought) -> Check:
         found[i] is False and found[i + 1] is True and thought.segments[i + 1].marker == DOUBT
         for i in range(len(found) - 1)
     )
-    return Check(True, len(found) - found.count(None), found.count(True), mended, found.count(None))
+    true, silent = found.count(True), found.count(None)
+    return Check(True, len(found) - silent, true, mended, silent, _complete(prompt, thought, known, true))
 
 
 def _holds(text: str, known: View | None) -> bool | None:
