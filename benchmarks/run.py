@@ -17,7 +17,6 @@ ALL = (
     "evomerge",
     "quietstar",
     "merging",
-    "baking",
     "serving",
 )
 

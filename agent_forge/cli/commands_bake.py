@@ -38,6 +38,10 @@ def bake(
     contexts: Annotated[
         Path | None, typer.Option(help="Questions unrelated to the prompt, one a line; default: gym and prose.")
     ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(help="What the prompt is for: lines `question TAB right answer`; bare, prompted, baked are told."),
+    ] = None,
     problems: Annotated[int, typer.Option(help="Problems of every gym family that tell what is kept; 0: none.")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -62,6 +66,7 @@ def bake(
     from agent_forge.prompt_baking.folders import BakePlan, bake_folder
 
     values = {"source": folder, "output": output or Path(f"{folder.name}-baked"), "problems": problems}
+    values["task"] = tuple(map(pair_of, read_text(task, "--task").splitlines())) if task else ()
     plan = BakePlan.build({**values, "prompts": prompts, "contexts": asked, "bake": config}, "bake")
     with Bars(enabled=not as_json) as bars:
         receipt = bake_folder(plan, bars.show)
@@ -89,6 +94,20 @@ def read_text(path: Path, option: str) -> str:
     return text
 
 
+def pair_of(line: str) -> tuple[str, str]:
+    """Question and answer of a line.
+
+    Raises:
+        DataError: there is no tab in it.
+    """
+    from forgekit.errors import DataError
+
+    question, tab, answer = line.partition("\t")
+    if not (tab and question.strip() and answer.strip()):
+        raise DataError(f"{line[:40]!r} is not `question TAB answer`", where="--task", remedy="put a tab between them")
+    return question.strip(), answer.strip()
+
+
 def show_receipt(receipt: dict[str, Any]) -> None:
     """The tables for people."""
     rows = [
@@ -99,6 +118,9 @@ def show_receipt(receipt: dict[str, Any]) -> None:
     table("nats per token to the prompted model on answers held out, with 95 % intervals", columns, rows)
     r2 = receipt["likelihood_r2"]
     say(f"likelihoods of those answers agree with the prompted model's: r2 {r2['bare']:.3f} to {r2['baked']:.3f}")
+    if receipt["task"]:
+        rows = [[name, f"{100 * value:.1f}"] for name, value in receipt["task"].items()]
+        table("right answers on the prompt's own task, exactly, in per cent", ["model", "right>"], rows)
     if receipt["kept"]:
         rows = [[name, f"{m['bare']:.3f}", f"{m['baked']:.3f}"] for name, m in receipt["kept"].items()]
         table("kept: right answers of gym problems, asked without the prompt", ["family!", "before>", "after>"], rows)

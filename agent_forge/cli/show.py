@@ -187,11 +187,13 @@ def _show_theater(theater: Theater) -> None:
 
 
 def _show_examples(name: str, thinking: Thinking) -> None:
-    """A few thoughts, right and wrong ones, each apart from its answer."""
+    """A few thoughts, wrong ones among them where there are any, each apart from its answer."""
     from agent_forge.dashboard import thoughts_words as told
 
     rows = []
-    for one in thinking.examples[:EXAMPLES]:
+    wrong = [one for one in thinking.examples if one.right is False][: EXAMPLES // 2]
+    others = [one for one in thinking.examples if one.right is not False][: EXAMPLES - len(wrong)]
+    for one in (*others, *wrong):
         state = "\n".join((_right(one.right, one.expected), *map(_quiet, told.remarks(one))))
         rows.append([one.strategy.replace("_", " "), _short(one.asked), _thought(one.thought), one.answered, state])
     if rows:

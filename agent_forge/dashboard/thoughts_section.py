@@ -150,7 +150,7 @@ def _first(thinking: Thinking) -> str:
 def _second(thinking: Thinking) -> str:
     """Step 2: the validation loss, what was kept, and how the training went."""
     two, said = thinking.two, told.second_step(thinking)
-    drawn = _curve("Reward of the thoughts", two.rewards, "nats, mean over all thoughts, losses counted as 0", 0)
+    drawn = _curve("Reward of the thoughts", two.rewards, "nats, mean over all thoughts, negative ones as 0", 0)
     drawn += _curve("Weight given to the thoughts", two.listening, "0: not listened to, 1: nothing else", 1)
     if not said and not drawn:
         return ""

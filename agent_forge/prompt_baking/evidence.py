@@ -59,14 +59,21 @@ def gym_tasks(count: int, levels: Sequence[int] = (1, 2, 3), max_tokens: int = 9
     for name in sorted(FAMILIES):
         mix = [GymMix(family=name, levels=tuple(levels))]
         problems = held_out(mix, -(-count // len(levels)))[:count]
-        answers = [problem.answer for problem in problems]
-
-        def score(number: int, text: str, answers: list[str] = answers) -> float:
-            return float(text.rpartition(THOUGHT_ENDS)[2].strip() == answers[number])
-
-        questions = tuple(problem.prompt for problem in problems)
-        tasks.append(BakingTask(name, questions, score, chance_of(mix, problems), max_tokens))
+        pairs = [(problem.prompt, problem.answer) for problem in problems]
+        tasks.append(exact_task(name, pairs, chance_of(mix, problems), max_tokens))
     return tasks
+
+
+def exact_task(
+    name: str, pairs: Sequence[tuple[str, str]], chance: float | None = None, max_tokens: int = 96
+) -> BakingTask:
+    """Questions with one right answer each, given after thoughts or without."""
+    answers = [answer for _, answer in pairs]
+
+    def score(number: int, text: str) -> float:
+        return float(text.rpartition(THOUGHT_ENDS)[2].strip() == answers[number])
+
+    return BakingTask(name, tuple(question for question, _ in pairs), score, chance, max_tokens)
 
 
 def answers_of(engine: Engine, baked: Baked, task: BakingTask, prompt: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from agent_forge.prompt_baking.bake import Baked, Show, bake_prompt
 from agent_forge.prompt_baking.config import PromptBakingConfig
-from agent_forge.prompt_baking.evidence import Findings, baking_evidence, gym_tasks
+from agent_forge.prompt_baking.evidence import Findings, baking_evidence, exact_task, gym_tasks
 from forgekit.compute.disk import require_free
 from forgekit.config import Config, canonical_json
 from forgekit.errors import ArtifactError
@@ -45,6 +45,8 @@ class BakePlan(Config):
     """Questions unrelated to the prompts; by default the gym's and Python's prose."""
     bake: PromptBakingConfig = PromptBakingConfig()
     """How."""
+    task: tuple[tuple[str, str], ...] = ()
+    """Questions with their right answers that the prompts are for."""
     problems: Annotated[int, Field(ge=0)] = 20
     """Problems of every gym family that tell what was forgotten; 0 leaves that out."""
 
@@ -76,7 +78,8 @@ def bake_folder(plan: BakePlan, show: Show | None = None) -> dict[str, Any]:
         show=show,
     )
     others = gym_tasks(plan.problems) if plan.problems else []
-    findings = baking_evidence(model, baked, others=_fitting(baked, others), show=show)
+    own = [exact_task("the prompts' own task", plan.task)] if plan.task else []
+    findings = baking_evidence(model, baked, _fitting(baked, own), _fitting(baked, others), show)
     receipt = receipt_of(plan, baked, findings, artifact)
     _write(plan, (baked, tokenizer), receipt, artifact)
     return {**receipt, "output": str(plan.output), "seconds": baked.seconds}
@@ -117,6 +120,7 @@ def receipt_of(plan: BakePlan, baked: Baked, findings: Findings, artifact: Artif
         "answers": baked.trajectories,
         "contexts": {k: len(getattr(baked.contexts, k)) for k in ("train", "decide", "report")},
         "likelihood_r2": findings.table["r2"],
+        "task": next(iter(findings.table["tasks"].values()), None),
         "kept": findings.table["others"],
         "evidence": [e.model_dump(mode="json") for e in findings.evidence],
         "notes": baked.notes,

@@ -111,7 +111,8 @@ def test_logs_are_json_lines_that_begin_and_end_with_the_session(forge, journey)
     assert events[-1]["data"]["status"] == "completed"
     assert {"torch", "cpu_capability", "threads"} <= events[0]["data"]["environment"].keys()
     some = forge("--storage", journey.home / "storage", "logs", "--kind", "trained")
-    assert len(some.out.splitlines()) == 4 + 4, "trunk and specialists; the two steps of phase 3, and their controls"
+    further = journey.thinking["artifacts"]["chosen"] == "step 2"  # then the control without thoughts goes on too
+    assert len(some.out.splitlines()) == 4 + 4 + further, "trunk and specialists; two steps and their controls"
 
 
 def test_tables_for_people_name_what_json_names(forge, journey):

@@ -196,7 +196,10 @@ def phase_3(thinker: str, champion: str) -> dict[str, Any]:
     levels["no thoughts"] = {"add/2": 0.25}
     thoughts = {"total": 600, "valid": 540, "validity_rate": 0.9, "coherence": 0.78, "semantic": 0.71, "logical": 0.93}
     thoughts |= {"relevance": 0.66, "fluency": 0.81, "length": 31.2, "milliseconds": 2.1}
-    thoughts["by_strategy"] = {"mece": {"share": 0.13, "valid": 0.91, "right": 0.9}, "multi_domain": {"share": 0.2}}
+    thoughts["by_strategy"] = {
+        "mece": {"share": 0.13, "followed": 0.98, "valid": 0.91, "right": 0.9},
+        "multi_domain": {"share": 0.2},
+    }
     thoughts["by_family"] = {"add": {"valid": 0.95, "right": 0.9, "n": 300}, "walk": {"valid": 0.8, "n": 300}}
     one = {"traces": 22424, "duplicates": 76, "refused": 0, "held_out_valid": 0.88, "converged": True}
     one["losses"] = [[100, 2.0], [200, 0.9], [300, 0.5]]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from agent_forge.cli.commands_bake import pair_of
 from agent_forge.prompt_baking import BakingTask, PromptBakingConfig, bake_prompt, baking_evidence
 from agent_forge.prompt_baking.adapters import Adapters, linear_maps
 from agent_forge.prompt_baking.contexts import default_contexts, divided
 from agent_forge.prompt_baking.divergence import chunk_size, divergence, likelihoods
-from agent_forge.prompt_baking.evidence import agreement, gym_tasks, scores_of
+from agent_forge.prompt_baking.evidence import agreement, exact_task, gym_tasks, scores_of
 from agent_forge.prompt_baking.folders import BakePlan, bake_folder
 from agent_forge.prompt_baking.sides import sides_of
 from agent_forge.prompt_baking.trajectories import Lessons, Trajectory, answers_read
@@ -449,3 +450,12 @@ def test_an_artifact_becomes_an_artifact_with_its_lineage(artifact, tmp_path, fu
 def test_gym_families_that_do_not_fit_are_left_out(artifact, tmp_path):
     receipt = bake_folder(plan_for(artifact.path, tmp_path, problems=3, bake={**QUICK, "num_epochs": 0}))
     assert receipt["kept"] == {}, "96 tokens of answer have no room in a context of 64"
+
+
+def test_a_task_file_has_a_question_and_its_answer_on_every_line():
+    assert pair_of("add 1 2\t3 ") == ("add 1 2", "3")
+    for wrong in ("add 1 2 3", "\t3", "add 1 2\t "):
+        with pytest.raises(DataError, match="question TAB answer"):
+            pair_of(wrong)
+    task = exact_task("sums", [("add 1 2", "3"), ("add 2 2", "4")])
+    assert [task.score(0, "<think><step>1+2+0=3</think>3"), task.score(0, "4"), task.score(1, " 4")] == [1, 0, 1]

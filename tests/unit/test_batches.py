@@ -1,6 +1,7 @@
 """Batches: pure functions of seed and step, labels on answers only, splits kept apart, shares exact."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from tiny import Echo, train_config, trainer, trm_config
 from tiny import made as model_of
 
-from forgekit.data.batches import Batch, Mixture, ProblemSource, TextSource, encode_texts
+from forgekit.data.batches import Batch, Mixture, ProblemSource, TextSource, encode_texts, told
 from forgekit.data.gym import FAMILIES, generate, split_of
 from forgekit.data.tokenizer import ASSISTANT, END, PAD, USER, train_tokenizer
 from forgekit.errors import DataError
+from forgekit.infer.chat import conversation_ids
 from forgekit.models.constants import IGNORE
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -175,3 +177,23 @@ def test_drawing_a_batch_costs_little_beside_training_on_it(tokenizer):
     started = time.perf_counter()
     Echo().batch(0)
     assert time.perf_counter() > started and report.data_seconds < 0.05 * report.seconds
+
+
+class _Formless:
+    """A Hugging Face tokenizer without a chat format: what it is given is kept."""
+
+    def chat_text(self, messages, thinking="auto"):
+        return None
+
+    def token_to_id(self, token):
+        return None
+
+    def encode(self, text, add_special_tokens=True):
+        return SimpleNamespace(ids=text)
+
+
+@pytest.mark.parametrize("system", ["", "falsify"])
+def test_a_model_without_a_chat_format_is_asked_in_chat_as_it_was_taught(system):
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "add 1 2"})
+    assert conversation_ids(_Formless(), messages) == told(_Formless(), "add 1 2", system)

@@ -492,7 +492,7 @@ def test_the_page_tells_whether_the_thoughts_carry_the_answers(thoughtful):
                  "with thoughts the model thinks, then answers 83.0 % (80.0 to 86.0) – 600",
                  "18.0 % (15.0 to 21.0) 93.0 % (88.0 to 97.0) 600", "? not used coherence and right answers",
                  "99.0 % (98.0 to 100.0)", "0.410 (0.330 to 0.490)", "540 of 600 (90.0 %)", "2.10 ms",
-                 "mece 13.0 % 91.0 % 90.0 %", "walk 300 80.0 % –", "22,424 written thoughts", "It converged.",
+                 "mece 13.0 % 98.0 % 91.0 % 90.0 %", "walk 300 80.0 % –", "22,424 written thoughts", "It converged.",
                  "1.900 before step 2, 1.880 after step 2, 1.870 after as much training without thoughts.",
                  "step 2 changed it by +0.01: worse.", "Kept: the model of step 1: step 2 answers no better",
                  "share of exact answers, 3 points of grace given", "validation nats per predicted token (less is",
@@ -523,9 +523,11 @@ def test_a_thought_stands_apart_and_stays_text(thoughtful):
 )
 def test_the_judgement_is_told_as_it_was_recorded(thoughtful, detected, said, looks):
     phase = thoughtful.phases[2]
-    theater = thinking({"theater": {**sample.theater(bool(detected)), "detected": detected}}, {})
+    record = sample.theater(bool(detected))
+    record["reasons"].append("no: <b>bold</b>")
+    theater = thinking({"theater": {**record, "detected": detected}}, {})
     html = phase_section(type(phase)(**{**phase.__dict__, "thinking": theater}))
-    assert said in plain(html) and looks in html
+    assert said in plain(html) and looks in html and "not met &lt;b&gt;bold" in plain(html)
     assert ("not met filler thoughts lose 12 % [3, 21]" in plain(html)) is bool(detected)
 
 

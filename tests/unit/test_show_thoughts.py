@@ -117,7 +117,11 @@ def test_thoughts_and_answers_full_of_brackets_are_shown_as_they_are(shown):
 
 def test_few_examples_are_printed_and_the_rest_is_named(shown):
     out = shown(result(examples=sample.examples() * 3)).out
-    assert "example thoughts (6 of 9, all of them in the report)" in out and out.count("add 57 66") == 2
+    assert "example thoughts (6 of 9, all of them in the report)" in out
+    assert out.count("add 38 25") == 3 and out.count("wrong, it is") == 3 + 1, "one more in the conversation"
+    right, wrong, _ = sample.examples()
+    out = shown(result(examples=[right] * 9 + [wrong])).out
+    assert out.count("add 57 66") == 1 and "(6 of 10," in out, "a wrong one behind many right ones is shown"
 
 
 def test_the_conversation_has_a_column_for_thoughts_only_where_there_are_some(shown):
@@ -137,7 +141,7 @@ def test_the_steps_and_the_thoughts_are_told_in_lines(shown):
         "88.0 % of held-out thoughts were valid. It converged.",
         "step 2: Against as much training without thoughts, step 2 changed it by +0.01: worse.",
         "step 2: Kept: the model of step 1: step 2 answers no better on the select split.",
-        "mece 13.0 % 91.0 % 90.0 %",
+        "mece 13.0 % 98.0 % 91.0 % 90.0 %",
     ):
         assert line in said, line
 
