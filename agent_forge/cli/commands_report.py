@@ -59,14 +59,16 @@ def report(
 
 def _show_evidence(found) -> None:
     """The claims and tables of every phase, as after a run."""
-    from agent_forge.cli.show import show_evidence
+    from agent_forge.cli.show import show_evidence, show_thinking
+    from agent_forge.dashboard.tree import Thinking
 
-    shown = [phase for phase in found.phases if phase.evidence or phase.levels]
+    shown = [phase for phase in found.phases if phase.evidence or phase.levels or phase.thinking != Thinking()]
     if not shown:
         say("no phase of this session has finished yet")
     for phase in shown:
         records = [item.model_dump(mode="json") for item in phase.evidence]
         show_evidence(phase.name, records, {"levels": phase.levels, "act_histogram": phase.halting})
+        show_thinking(phase.name, phase.thinking)
 
 
 def _write(path: Path, text: str, what: str) -> None:

@@ -18,6 +18,11 @@ METRICS = {
     "valid_thoughts": "share of valid thoughts",
     "skills_with_grace": "share of exact answers, 3 points of grace given",
     "bits_per_byte": "bits per byte of held-out text (lower is better)",
+    "share of the gain lost by shuffled": "share of the gain that thoughts of other questions lose",
+    "share of the gain lost by filler": "share of the gain that filler tokens lose",
+    "predictive power": "share of right answers that are likelier after their own thought",
+    "point-biserial correlation": "correlation of coherence and right answers",
+    "share that is doubted: right steps, then slips": "share of steps that are doubted: right ones, then slips",
     "composite_fitness": "composite of text, answers, speed and memory",
     "steps_per_token": "recursion steps per answer token (lower is better)",
 }

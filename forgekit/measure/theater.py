@@ -360,7 +360,7 @@ def _findings(measured: _Measured, config: TheaterConfig) -> Iterator[Finding]:
             text = f"thoughts add {_points(gain)} points to {words}; needs more than {100 * config.min_improvement:g}"
             yield Finding(f"improvement over {name}", gain[1] > config.min_improvement, text)
     for name in CONTROLS:
-        share, need = measured.lost[name], f"needs at least {config.min_lost:.0%}"
+        share, need = measured.lost[name], f"needs at least {100 * config.min_lost:g} %"
         if share is None:
             yield Finding(f"lost by {name}", None, f"{name} thoughts: there is no gain that they could lose")
         else:
@@ -368,7 +368,7 @@ def _findings(measured: _Measured, config: TheaterConfig) -> Iterator[Finding]:
             yield Finding(f"lost by {name}", share[1] >= config.min_lost, text)
     text = f"the right answer is likelier after its own thought in {_percent(measured.power)} of the questions"
     passed = measured.power[1] > config.min_power
-    yield Finding("predictive power", passed, f"{text}; needs more than {config.min_power:.0%}")
+    yield Finding("predictive power", passed, f"{text}; needs more than {100 * config.min_power:g} %")
     yield _correlated(measured, config)
 
 

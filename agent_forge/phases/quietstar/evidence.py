@@ -30,12 +30,12 @@ STEP_TWO = "step 2 lowers the validation loss"
 STEP_TWO_EQUAL = "step 2 beats ordinary training at equal compute"
 STEP_TWO_SKILL = "step 2 answers better than step 1"
 CONDITIONS = {
-    "with": ("with thoughts", "the model thinks, then answers"),
-    "without": ("without thoughts", "thinking switched off"),
-    "shuffled": ("shuffled thoughts", "the thought of another question of the same family and level"),
-    "filler": ("filler tokens", "as many tokens as its thought had, all the same"),
-    "no_thought": ("trained without thoughts", "the same questions and compute, answers only"),
-    "parent": ("parent", "what phase 2 handed over"),
+    "with": ("with thoughts", "it thinks, then answers"),
+    "without": ("without thoughts", "thinking is off"),
+    "shuffled": ("shuffled thoughts", "another question's thoughts"),
+    "filler": ("filler tokens", "as many tokens, all alike"),
+    "no_thought": ("trained without thoughts", "same compute, answers only"),
+    "parent": ("parent", "as it was before"),
 }
 
 

@@ -185,7 +185,7 @@ def examples(watched: Watched, told: Mapping[str, Watched], count: int = 12) -> 
 
 def _example(problem: Problem, thought: Thought, score: Coherence) -> dict[str, Any]:
     found = check(problem.prompt, whole(thought))
-    notes = [] if thought.answered else ["the answer is wrong"]
+    notes = []
     if not found.well_formed:
         notes.append("it is not well formed")
     elif found.false:
