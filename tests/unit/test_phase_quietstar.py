@@ -449,7 +449,7 @@ def test_a_thought_without_form_is_told_as_such():
     watched = looked_at()
     only = Watched(watched.problems[2:3], watched.thoughts[2:3], watched.scores[2:3], 1.0)
     (row,) = examples(only, {})
-    assert row["note"] == "the answer is wrong; it is not well formed" and not row["valid"]
+    assert row["note"] == "it is not well formed" and not row["valid"]
 
 
 def total(prompt: str) -> str:
