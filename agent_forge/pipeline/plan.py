@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from agent_forge.pipeline.orchestrator import phases_to_run
@@ -29,6 +31,7 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
     budget = profile.model.solve()
     names = phases_to_run(profile, last=until)
     stages, counts, models, kept = [], {}, 0, 0
+    speed = cache(lambda: training_speed(profile, profile.context))
     for name in names:
         config = profile.phase(name)
         if name == "cognate":
@@ -37,7 +40,7 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
             models, kept = models + len(trains), max(kept, *(train.keep_checkpoints for _, train in trains))
         else:
             rows, counts[name] = _told(config)
-            stages += [{"phase": name, **_timed(profile, row)} for row in rows]
+            stages += [{"phase": name, **_timed(profile, row, speed)} for row in rows]
             models += max((row.get("models", 0) for row in rows), default=0)
     return {
         "profile": profile.name,
@@ -75,13 +78,13 @@ def _told(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return ([], told) if isinstance(told, dict) else (list(told), {})
 
 
-def _timed(profile: Profile, row: dict[str, Any]) -> dict[str, Any]:
+def _timed(profile: Profile, row: dict[str, Any], speed: Callable[[], float]) -> dict[str, Any]:
     """A stage's row; seconds it does not know are those of reading its tokens once, as fast as training computes."""
     steps, tokens, seconds = row.get("steps", 0), row.get("tokens", 0), row.get("seconds")
     if seconds is None:
         shape = profile.model_config_solved()
         flops = tokens * shape.flops_per_token(profile.context)
-        seconds = flops / training_speed(profile, profile.context) if flops else 0.0
+        seconds = flops / speed() if flops else 0.0
     return {"stage": row["stage"], "steps": steps, "tokens": tokens, "seconds": round(seconds, 1)}
 
 

@@ -56,6 +56,11 @@ from forgekit.models.hidden import hidden, read_out
 
 KL_CHUNK = 1024
 """Positions whose two distributions over the vocabulary are in memory at once."""
+TOLD = (
+    "nats_with_thoughts", "nats_without_thoughts", "reward_mean", "reward_positive_share", "policy_loss",
+    "mixing_weight_alpha", "reasoning_entropy", "thought_length", "thought_stopped_share", "thoughts_left_out",
+)  # fmt: skip
+"""What thoughts tell of a training step; 0 where no position was thought at."""
 MIXER_WEIGHTS, MIXER_CONFIG = "mixer.safetensors", "mixer.json"
 
 
@@ -190,6 +195,8 @@ class QuietTalker(nn.Module):
         total, parts = self.talk.base_weight * ordinary.total, dict(ordinary.parts)
         parts["injection_points"] = torch.tensor(len(points) / len(input_ids_BT))
         talk = self._talk_finite(reading, points, input_ids_BT, labels_BT) if reading else None
+        # The same names in every batch: several processes add them up in their order.
+        parts |= dict.fromkeys(TOLD, torch.zeros(()))
         if talk is not None:
             added, found = self._learn(talk)
             total, parts = total + added, parts | found
