@@ -145,7 +145,8 @@ class QuietStarConfig(Config):
     """Seed of the new rows of the embedding."""
 
     def forecast(self) -> list[dict[str, Any]]:
-        """What the trainings cost, for the plan of a run."""
+        """What the trainings cost, for the plan of a run: a token that is learned from counts three times, for the
+        backward pass costs as much as two readings."""
         teach, quiet = self.teach.train, self.quiet.train
         tokens = teach.steps * teach.rows * teach.seq_len
         rows = [
