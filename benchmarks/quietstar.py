@@ -1,9 +1,10 @@
 """Phase 3 at nano over several seeds, and Quiet-STaR's two mixers: do thoughts carry the answers?
 
-    python -m benchmarks.quietstar STORAGE [--model champion] [--seeds 2]
+    python -m benchmarks.quietstar STORAGE [--model champion] [--seeds 2] [--reuse] [--mixers]
 
-Runs phase 3 on a finished phase 2 of the storage folder, once per seed of step 1 and step 2, and once more with the
-attention mixer. Exits 1 if a target is missed by the mean over the seeds.
+Runs phase 3 on a finished phase 2 of the storage folder, once per seed of step 1 and step 2; `--mixers` once more with
+the attention mixer; `--reuse` takes a finished run of nano's own settings as the first. Exits 1 if a target is missed by
+the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import statistics
 import sys
 from typing import Any
 
-from agent_forge.pipeline.orchestrator import PipelineOrchestrator
+from agent_forge.pipeline.orchestrator import PipelineOrchestrator, session_results
 from agent_forge.profile import load_profile, with_values
 from benchmarks.common import publish, tell
+from forgekit.store.storage import ModelStorage
 
 TARGETS = (
     ("thoughts help where the parent could not", 0.20, "points over the parent where it is below 50 %"),
@@ -36,6 +38,16 @@ def think(folder: str, model: str, changes: list[str]) -> dict[str, Any]:
 
     with PipelineOrchestrator.starting_from([model], profile, folder, until="quietstar", show=show) as forge:
         return forge.run_full_pipeline()["quietstar"].record()
+
+
+def finished(folder: str) -> dict[str, Any] | None:
+    """The newest finished run of phase 3 in a storage folder with exactly nano's settings."""
+    storage, wanted = ModelStorage(folder), load_profile("nano").phase("quietstar").model_dump(mode="json")
+    for row in sorted(storage.registry.get_all_sessions(), key=lambda r: r["start_time"], reverse=True):
+        record = session_results(storage, row["session_id"]).get("quietstar")
+        if record is not None and record["config"] == wanted:
+            return record
+    return None
 
 
 def claims(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -115,14 +127,18 @@ def main() -> None:
     parser.add_argument("storage", nargs="?", default="storage")
     parser.add_argument("--model", default="champion")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--reuse", action="store_true")
+    parser.add_argument("--mixers", action="store_true")
     given = parser.parse_args([a for a in sys.argv[1:] if a != "quietstar"])
     records = {}
     for number in range(given.seeds):
         seeds = [f"phases.quietstar.{step}.train.seed={31 + 10 * number}" for step in ("teach", "quiet")]
-        records[f"seed {number + 1}"] = think(given.storage, given.model, seeds)
+        known = finished(given.storage) if given.reuse and not number else None
+        records[f"seed {number + 1}"] = known or think(given.storage, given.model, seeds)
     found = targets(list(records.values()))
-    fused = think(given.storage, given.model, ['phases.quietstar.quiet.talk.mixer.kind="attention"'])
-    records["seed 1, attention mixer"] = fused
+    if given.mixers:
+        fused = think(given.storage, given.model, ['phases.quietstar.quiet.talk.mixer.kind="attention"'])
+        records["seed 1, attention mixer"] = fused
     rows = [row_of(name, record) for name, record in records.items()]
     publish("quietstar", "Phase 3 at nano", COLUMNS, rows, [*notes_of(records), *found])
     if any(line.startswith("missed") for line in found):
