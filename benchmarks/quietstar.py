@@ -3,8 +3,8 @@
     python -m benchmarks.quietstar STORAGE [--model champion] [--seeds 2] [--reuse] [--mixers]
 
 Runs phase 3 on a finished phase 2 of the storage folder, once per seed of step 1 and step 2; `--mixers` once more with
-the attention mixer; `--reuse` takes a finished run of nano's own settings as the first. Exits 1 if a target is missed by
-the mean over the seeds.
+the attention mixer; `--reuse` takes a finished run of nano's own settings as the first. Exits 1 if a target is missed
+by the mean over the seeds.
 """
 
 from __future__ import annotations
