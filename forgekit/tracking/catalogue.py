@@ -112,7 +112,7 @@ QUIETSTAR: tuple[Row, ...] = (
     ("quietstar/injection_points", "points/row", "step", "positions per row at which step 2 thought"),
     ("quietstar/thoughts_filtered", "%", "epoch", "thoughts looked at that are not valid"),
     ("phase/traces", "traces", "phase", "distinct verified traces written for step 1"),
-    ("phase/held_out_valid", "share", "phase", "held-out thoughts after step 1 whose every statement holds"),
+    ("phase/held_out_valid", "share", "phase", "held-out thoughts after step 1 that are true and lead to the answer"),
     ("phase/converged", "bool", "phase", "whether that reaches the share that is asked for"),
     ("phase/total_thoughts_generated", "thoughts", "phase", "thoughts about the report split's questions"),
     ("phase/total_thoughts_valid", "thoughts", "phase", "of these, the valid ones"),

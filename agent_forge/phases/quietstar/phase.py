@@ -251,7 +251,7 @@ class QuietStarPhase(PhaseController):
     # After
 
     def _finish(self, parent: Parent, data: QuietData, steps: Steps, began: float) -> PhaseResult:
-        """Choose, measure, save. Models are compared where they are."""
+        """Measure, save, decide. Models are compared where they are."""
         self.context.show(Progress("evidence", 0, 1, "scoring the report split"))
         choice = steps.choice
         chosen = choice["chosen"]
@@ -315,7 +315,7 @@ class QuietStarPhase(PhaseController):
         each = sum(w.seconds for w in asked.values()) / sum(len(w.thoughts) for w in asked.values())
         watched = Watched(data.report, theater.thoughts, theater.scored, each * len(data.report))
         budget = config.theater.thinking_budget
-        by_itself, thought = answers(model, tokenizer, [*data.report, *data.skills], budget)
+        by_itself, _ = answers(model, tokenizer, [*data.report, *data.skills], budget)
         known = by_level(data.select, score_problems(old, tokenizer, data.select).right)
         kept = np.stack([score_problems(old, tokenizer, data.skills).right, by_itself[len(data.report) :]])
         compute = {f"{name} tokens": float(record["tokens"]) for name, record in steps.records.items()}
@@ -333,7 +333,7 @@ class QuietStarPhase(PhaseController):
             steps=self._both(data, steps, model, by_itself[: len(data.report)]),
             compute={name.replace(", ", "_").replace(" ", "_"): value for name, value in compute.items()},
         )
-        return finals, {"by_itself": by_itself, "thought": thought, "asked": asked}
+        return finals, {"by_itself": by_itself, "asked": asked}
 
     def _nats(self, data: QuietData, steps: Steps) -> dict[str, np.ndarray] | None:
         """Validation nats per label, row by row, of the same held-out rows: with thoughts where step 2 thinks."""

@@ -45,7 +45,7 @@ class Watched:
 
     @property
     def valid(self) -> np.ndarray:
-        """1.0 where a thought is well formed, nothing false is left in it, and it is coherent enough."""
+        """1.0 where a thought is well formed and true, leads to the right answer, and is coherent enough."""
         return np.array([float(score.valid) for score in self.scores])
 
     @property
@@ -170,8 +170,8 @@ def by_kind(watched: Watched, told: Mapping[str, Watched]) -> dict[str, dict[str
 
 
 def examples(watched: Watched, told: Mapping[str, Watched], count: int = 12) -> list[dict[str, Any]]:
-    """Thoughts to read: one in every strategy, asked for by name and as different as can be, then one free one of every
-    family that went wrong."""
+    """Thoughts to read: one for every strategy, named as it was asked for (it need not have been followed where none of
+    its thoughts is right and valid), then one free one of every family that went wrong."""
     chosen = []
     for number, (name, asked_for) in enumerate(told.items()):
         rows = [_example(*parts) for parts in zip(asked_for.problems, asked_for.thoughts, asked_for.scores)]
