@@ -82,6 +82,8 @@ class Profile(Config):
     """Longest sequence in tokens."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch; 0 takes one per physical core. Results are the same bits for the same number."""
+    side_by_side: bool = True
+    """Trainings that do not depend on each other run at the same time, each with its part of the threads (CPU only)."""
     gate: Annotated[str, Field(pattern="^(stop|fall_back|accept)$")] = "fall_back"
     """What happens when a phase's gate, or a handoff contract, says no."""
     model: ModelPlan = ModelPlan()

@@ -48,8 +48,9 @@ def outcome(seed: int, folder: str) -> dict:
 
 def data_share(storage: ModelStorage, session_id: str) -> float:
     """The largest share of a training's time that went into drawing its batches."""
-    events = read_events(storage.session_path(session_id) / "events.jsonl", kind="trained", phase="cognate")
-    return max(event["data"]["data_share"] for event in events)
+    events = read_events(storage.session_path(session_id) / "events.jsonl", phase="cognate")
+    shares = [event["data"]["data_share"] for event in events if event["kind"] in ("trained", "trained_beside")]
+    return max(share for share in shares if share is not None)  # what was trained beside is told by its own process
 
 
 def readings(record: dict) -> list[tuple[str, float, str, bool]]:

@@ -16,6 +16,8 @@ ALL = (
     "cognate_targets",
     "evomerge",
     "quietstar",
+    "baking",
+    "side_by_side",
     "merging",
     "serving",
 )

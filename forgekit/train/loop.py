@@ -130,11 +130,12 @@ class Trainer:
         self._recent: deque[float] = deque(maxlen=100)
         self._last_error = ""
 
-    def run(self, resume: bool = True) -> TrainReport:
+    def run(self, resume: bool = True, keep_last: bool = False) -> TrainReport:
         """Train to the last step and return the report; with ``ema`` the model holds the averaged weights.
 
         Args:
             resume: go on from the newest checkpoint in the folder, if there is one; else those in it are deleted.
+            keep_last: leave a checkpoint of the last step, from which another process takes the result.
 
         Raises:
             TrainingError: diverged more often than ``recoveries`` allows.
@@ -153,7 +154,7 @@ class Trainer:
                 batch = self.data.batch(self.state.position["step"])
                 report.data_seconds += time.perf_counter() - clock
                 self._step(batch, started, begun)
-            self._keep()
+            self._keep(last=keep_last)
         except KeyboardInterrupt:
             if self._whole and world()[1] == 1:
                 self._save("interrupted")
@@ -361,10 +362,10 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         self.state.average, self.state.position = average, position
 
-    def _keep(self) -> None:
+    def _keep(self, last: bool = False) -> None:
         """Keep the current state if one is due: on disk when there is a folder, else in memory for recoveries."""
         step, every = self.state.position["step"], self.config.checkpoint_every
-        if not every or step % every or step == self._kept:
+        if step == self._kept or not (last or (every and step % every == 0)):
             return
         if self.checkpoints is None:
             self._snapshot()

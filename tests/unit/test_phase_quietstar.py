@@ -20,7 +20,7 @@ from agent_forge.phases.quietstar.data import prepare, talking, teaching, valida
 from agent_forge.phases.quietstar.evidence import Finals
 from agent_forge.phases.quietstar.talk import QuietTalker
 from agent_forge.phases.quietstar.talk_config import Marks, PointPlan, TalkConfig
-from agent_forge.phases.quietstar.training import History, Workshop
+from agent_forge.phases.quietstar.training import History, Piece, Workshop
 from agent_forge.phases.quietstar.watching import (
     Watched,
     answers,
@@ -253,7 +253,7 @@ def work(place: Interrupted, make=ordinary, key: str = "k" * 12, look=None, trai
     model = make()
     torch.manual_seed(6)
     looking = look or (lambda step: {"watched": {"step": step}})
-    record = place.workshop(key).train("step 2", model, Echo(length=12), train, (LOOKS, looking))
+    record = place.workshop(key).train(Piece("step 2", model, Echo(length=12), train), (LOOKS, looking))
     return model, record
 
 

@@ -28,9 +28,10 @@ from forgekit.measure.evidence import Evidence
 from forgekit.models.io import build_model, load_weights
 from forgekit.store import fsio
 from forgekit.store.artifact import SPECIALIZATIONS, ArtifactExtras, amend_evidence
+from forgekit.train.beside import SideBySide, Training
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import agreed, gathered, world
-from forgekit.train.loop import StepInfo, Trainer
+from forgekit.train.loop import StepInfo
 from forgekit.train.setup import check_rows, training_device
 
 OPTIMIZER_SLOTS = 3
@@ -44,6 +45,24 @@ class Made:
     model_id: str
     model: torch.nn.Module
     losses: list[float]
+
+
+@dataclass
+class Draft:
+    """A model to be trained.
+
+    Attributes:
+        name: of the model; number: of the specialist from 1, 0 for the trunk.
+        training: its weights to begin with, its data, how.
+        parents: ids of what it was branched from.
+        key: under which it is found when it is finished.
+    """
+
+    name: str
+    number: int
+    training: Training
+    parents: list[str]
+    key: str
 
 
 class CognatePhase(PhaseController):
@@ -65,7 +84,7 @@ class CognatePhase(PhaseController):
             check_rows(train.rows, train.parallel == "fsdp", world()[1])
         data = self._prepare(shape)
         trunk = self._trunk(shape, data)
-        made = [self._specialist(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
+        made = self._specialists(trunk, data)
         context.show(Progress("evidence", 0, 1, "scoring the report split"))
         subjects = [Subject(plan, one.model, one.model_id) for plan, one in zip(config.specialists, made)]
         torch.manual_seed(config.trunk.seed)
@@ -145,9 +164,20 @@ class CognatePhase(PhaseController):
     def _trunk(self, shape, data: CognateData) -> Made:
         torch.manual_seed(self.config.trunk.seed)
         model = build_model(shape)
-        return self._make("trunk", 0, model, trunk_mixture(data, self.config), self.config.trunk, data, parents=[])
+        train = self.config.trunk
+        return self._make(self._draft("trunk", 0, (model, trunk_mixture(data, self.config), train), data, []), data)
 
-    def _specialist(self, plan: SpecialistPlan, number: int, trunk: Made, data: CognateData) -> Made:
+    def _specialists(self, trunk: Made, data: CognateData) -> list[Made]:
+        """All branches of the trunk; they do not depend on each other."""
+        config = self.config
+        drafts = [self._branch(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
+        with SideBySide(len(drafts), self.context.profile.side_by_side, config.specialist.device) as crew:
+            for draft in drafts[1:]:
+                if agreed(lambda: self._finished(draft.key)) is None:
+                    crew.start(draft.name, draft.training, self.context.logger, self._observer(draft))
+            return [self._make(draft, data, crew) for draft in drafts]
+
+    def _branch(self, plan: SpecialistPlan, number: int, trunk: Made, data: CognateData) -> Draft:
         """Branch the trunk: same weights, the specialist's own traits, then its own data."""
         traits = {k: v for k, v in plan.traits().items() if k in type(trunk.model.config).model_fields}
         torch.manual_seed(plan.seed)
@@ -155,27 +185,32 @@ class CognatePhase(PhaseController):
         model.load_state_dict(trunk.model.state_dict())
         train = self.config.training_of(plan)
         mixture = specialist_mixture(data, self.config, plan, train)
-        return self._make(plan.name, number, model, mixture, train, data, parents=[trunk.model_id])
+        return self._draft(plan.name, number, (model, mixture, train), data, [trunk.model_id])
 
-    def _make(self, name: str, number: int, model, mixture, train: TrainConfig, data: CognateData, *, parents) -> Made:
-        """Train one model and save it; a finished one of this session is taken as it is."""
-        context = self.context
+    def _draft(self, name: str, number: int, what: tuple, data: CognateData, parents: list[str]) -> Draft:
         key = self.key(name, data.data_hash, *parents)
-        row = agreed(lambda: self._finished(key))
+        return Draft(name, number, Training(*what, self._checkpoints(name, key)), parents, key)
+
+    def _make(self, draft: Draft, data: CognateData, crew: SideBySide | None = None) -> Made:
+        """Train one model and save it; a finished one of this session is taken as it is."""
+        context, name, training = self.context, draft.name, draft.training
+        model, train = training.model, training.config
+        row = agreed(lambda: self._finished(draft.key))
         if row is not None:
             load_weights(model, context.storage.resolve(row["model_id"]) / "model.safetensors")
             context.show(Progress(name, train.steps, train.steps, "already made"))
             model = model.to(training_device(train.device)).eval()
             return Made(row["model_id"], model, row["metadata"]["losses"])
-        trainer = Trainer(
-            model, mixture, train, self._checkpoints(name, key), context.logger, self._observer(name, number, train)
-        )
+        if crew is not None and (code := crew.wait(name)):
+            context.logger.event("train_beside_ended", name=name, exit_code=code)
+        trainer = training.trainer(context.logger, self._observer(draft, crew))
         report = trainer.run()
-        share = report.data_seconds / max(report.seconds, 1e-9)
+        trained_here = report.resumed_from < train.steps
+        share = report.data_seconds / max(report.seconds, 1e-9) if trained_here else None
         context.logger.event("trained", name=name, tokens=report.tokens, data_share=share, losses=report.losses)
-        if number:
-            context.logger.epoch(1, {f"model_{number}/epoch/loss": statistics.fmean(report.losses)})
-        lineage = {"parents": parents, "config_hash": key, "data_hash": data.data_hash}
+        if draft.number:
+            context.logger.epoch(1, {f"model_{draft.number}/epoch/loss": statistics.fmean(report.losses)})
+        lineage = {"parents": draft.parents, "config_hash": draft.key, "data_hash": data.data_hash}
         model = gathered(model, lambda: build_model(model.config))
 
         def keep() -> str:
@@ -214,14 +249,17 @@ class CognatePhase(PhaseController):
             model, self.context.session_id, self.name, name, metadata, tokenizer=data.tokenizer, extras=extras
         )
 
-    def _observer(self, name: str, number: int, train: TrainConfig):
+    def _observer(self, draft: Draft, crew: SideBySide | None = None):
         """Progress for people at every step, metrics for the log every few."""
+        name, number, train = draft.name, draft.number, draft.training.config
 
         def observe(info: StepInfo) -> None:
             note = (
                 f"loss {info.loss_avg_100:.3f}  {info.tokens_per_second:,.0f} tokens/s  {info.seconds_left:.0f} s left"
             )
             self.context.show(Progress(name, info.step, info.steps, note))
+            if crew is not None:
+                crew.listen()
             if info.step % train.log_every and info.step != info.steps:
                 return
             values: dict[str, Any] = {

@@ -7,7 +7,6 @@ any number of workers.
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
@@ -28,6 +27,7 @@ from agent_forge.phases.evomerge.config import FitnessPlan
 from agent_forge.phases.evomerge.fitness import Exam, Marks, Reference, parts, sit
 from forgekit.errors import ArtifactError, ConfigError, ResourceError
 from forgekit.models.io import build_model, read_model
+from forgekit.train.beside import leave_with_parent
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,8 @@ _JUDGES: list[Judge] = []
 
 def _become_judge(task: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; this one leaves with it
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     _JUDGES[:] = [Judge(task)]
-
-
-def _leave_with_parent() -> None:
-    """End this process when the one that started it is gone, also by ``kill -9``: its queue would never say so."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _judged(candidate: Candidate) -> Marks:

@@ -127,6 +127,9 @@ class QuietStarConfig(Config):
     """What the parent can do and must keep; unset takes what its manifest says it practised."""
     text: TextPlan | None = None
     """Real text; unset takes phase 1's."""
+    window: Annotated[int, Field(ge=0)] | None = None
+    """Attention window of the model that learns to think, in tokens, 0 for everything; unset keeps the parent's. A
+    thought stands between the question and its answer, and pushes the question out of a narrow window."""
     coherence: CoherenceConfig = CoherenceConfig()
     """How coherent thoughts are."""
     theater: TheaterConfig = TheaterConfig()

@@ -24,7 +24,7 @@ from agent_forge.phases.quietstar.evidence import Finals, controls, decide, leve
 from agent_forge.phases.quietstar.metrics import emit_phase, emit_steps, emit_watched
 from agent_forge.phases.quietstar.talk import QuietTalker, mixer_files, ordinary_flops, quiet_nats
 from agent_forge.phases.quietstar.talk_config import Marks, marks_of
-from agent_forge.phases.quietstar.training import Workshop
+from agent_forge.phases.quietstar.training import Piece, Workshop
 from agent_forge.phases.quietstar.watching import (
     Watched,
     answers,
@@ -47,7 +47,7 @@ from forgekit.errors import ArtifactError, ConfigError
 from forgekit.measure.problems import by_level
 from forgekit.measure.scores import score_problems, score_windows
 from forgekit.measure.theater import anti_theater
-from forgekit.models.io import read_model
+from forgekit.models.io import build_model, read_model
 from forgekit.models.thinking_tokens import has_chat_format, prepare_thinking
 from forgekit.store.artifact import MANIFEST, Artifact, ArtifactExtras, amend_evidence
 from forgekit.store.fsio import sha256_file
@@ -148,7 +148,7 @@ class QuietStarPhase(PhaseController):
             raise ConfigError(what, where="phase quietstar", remedy=remedy)
         folder = self.context.storage.resolve(models[0])
         model, tokenizer = read_model(folder)
-        fresh = copy.deepcopy(model)
+        fresh = with_window(model, self.config.window)
         tokens = prepare_thinking(fresh, tokenizer, self.config.seed)
         if asked(tokenizer, "?").rstrip().endswith(OPEN):
             remedy = "give a chat template that leaves it to the model"
@@ -192,11 +192,11 @@ class QuietStarPhase(PhaseController):
     def _train(self, parent: Parent, data: QuietData, workshop: Workshop) -> Steps:
         config, train = self.config, self.config.teach.train
         one, plain = parent.fresh, copy.deepcopy(parent.fresh)
-        records = {}
-        torch.manual_seed(train.seed)
-        records[STEP_ONE] = workshop.train(STEP_ONE, one, teaching(config, data, True), train)
-        torch.manual_seed(train.seed)
-        records["no thoughts"] = workshop.train("no thoughts", plain, teaching(config, data, False), train)
+        pieces = [
+            Piece(name, model, teaching(config, data, thinks), train)
+            for name, model, thinks in ((STEP_ONE, one, True), ("no thoughts", plain, False))
+        ]
+        records = workshop.train_all(pieces, self.context.profile.side_by_side)
         valid = agreed(lambda: valid_share(one, data.tokenizer, data.select, config))
         self.context.logger.event("step_1", held_out_valid=valid, converged=valid >= config.teach.converged)
         if not config.quiet.run:
@@ -207,8 +207,8 @@ class QuietStarPhase(PhaseController):
         if choice["chosen"] == STEP_TWO:  # what is handed on has had more compute: so must its control
             mixture = teaching(config, data, False)
             further = train.replace(steps=max(1, round(equal[0] / step_flops(one, train, mixture))))
-            torch.manual_seed(train.seed)
-            records["no thoughts, further"] = workshop.train("no thoughts, further", plain, mixture, further)
+            name = "no thoughts, further"
+            records[name] = workshop.train(Piece(name, plain, mixture, further))
         return Steps(one, plain, talker, continued, records, equal, valid, choice)
 
     def _quiet(self, one, data: QuietData, workshop: Workshop, records: dict[str, dict[str, Any]]):
@@ -232,15 +232,14 @@ class QuietStarPhase(PhaseController):
             return {"watched": self._look(at[step], talker.model, data, questions)}
 
         mixture = talking(config, data)
-        records[STEP_TWO] = workshop.train(STEP_TWO, talker, mixture, train, (frozenset(at), look))
+        records[STEP_TWO] = workshop.train(Piece(STEP_TWO, talker, mixture, train), (frozenset(at), look))
         agreed(lambda: emit_steps(self.context.logger, records[STEP_TWO]["history"]))
         each = step_flops(one, train, mixture)
         # Every process counts its own rows; the first one's count, taken for all, survives a restart.
         spent = agreed(lambda: talker.spent_flops) * world()[1]
         longer: TrainConfig = train.replace(steps=max(1, round(spent / each)))
         continued = copy.deepcopy(one)
-        torch.manual_seed(train.seed)
-        records["continued"] = workshop.train("continued", continued, mixture, longer)
+        records["continued"] = workshop.train(Piece("continued", continued, mixture, longer))
         return talker, continued, (spent, longer.steps * each)
 
     def _look(self, number: int, model, data: QuietData, questions) -> dict[str, Any]:
@@ -452,6 +451,22 @@ class QuietStarPhase(PhaseController):
         return context.storage.save_model(
             model, context.session_id, self.name, THINKER, metadata, tokenizer=data.tokenizer, extras=extras
         )
+
+
+def with_window(model: torch.nn.Module, window: int | None) -> torch.nn.Module:
+    """A copy of a model, with another attention window where one is given.
+
+    Raises:
+        ConfigError: the model has none that could be set.
+    """
+    if window is None:
+        return copy.deepcopy(model)
+    if hasattr(model, "hf") or "window" not in type(model.config).model_fields:
+        remedy = "leave it out: a Hugging Face model's window is its own"
+        raise ConfigError("the model has no window to set", where="phases.quietstar.window", remedy=remedy)
+    wider = build_model(model.config.replace(window=window))
+    wider.load_state_dict(model.state_dict())
+    return wider.to(next(model.parameters()).device).eval()
 
 
 def step_flops(model: torch.nn.Module, train: TrainConfig, mixture: Mixture) -> float:

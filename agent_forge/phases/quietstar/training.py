@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,29 @@ from safetensors.torch import save
 
 from agent_forge.pipeline.phase import PhaseContext, Progress
 from forgekit.store import fsio
+from forgekit.train.beside import SideBySide, Training
 from forgekit.train.checkpoints import CheckpointManager
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import agreed
-from forgekit.train.loop import BatchSource, StepInfo, Trainer
+from forgekit.train.loop import BatchSource, StepInfo
 from forgekit.train.setup import training_device
 
 Watch = Callable[[int], dict[str, Any]]
 """Looks at the model after a step; what it returns is kept in the history."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One model to train: its name for people, the model (trained in place), its data, how."""
+
+    name: str
+    model: torch.nn.Module
+    data: BatchSource
+    train: TrainConfig
+
+
 class Workshop:
-    """Trains the phase's models one after another.
+    """Trains the phase's models.
 
     Args:
         context: folder, events, progress.
@@ -35,60 +47,85 @@ class Workshop:
         self.context, self.key = context, key[:12]
         self.folder = context.folder / "pieces"
 
-    def train(
-        self,
-        name: str,
-        model: torch.nn.Module,
-        data: BatchSource,
-        train: TrainConfig,
-        watch: tuple[frozenset[int], Watch] | None = None,
-    ) -> dict[str, Any]:
+    def train(self, piece: Piece, watch: tuple[frozenset[int], Watch] | None = None) -> dict[str, Any]:
         """Train in place, or take over what an earlier start finished.
 
         Args:
-            name: of the piece, shown to people.
             watch: steps after which to look at the model, and how.
 
         Returns:
             ``losses``, ``tokens``, and ``history``: by step what was observed.
         """
-        path = self.folder / f"{name.replace(' ', '-')}-{self.key}.safetensors"
+        return self._finished(piece, self._ready(piece, watch), watch, None)
+
+    def train_all(self, pieces: Sequence[Piece], side_by_side: bool) -> dict[str, dict[str, Any]]:
+        """Train models that do not depend on each other; the records by name, as :meth:`train` gives them.
+
+        Args:
+            side_by_side: at the same time, the first one here.
+        """
+        with SideBySide(len(pieces), side_by_side, pieces[0].train.device) as crew:
+            ready = [self._ready(piece) for piece in pieces]
+            for piece, training in list(zip(pieces, ready))[1:]:
+                if agreed(lambda: _restored(self._path(piece.name))) is None:
+                    observer = self._observer(piece, self._history(piece.name))
+                    crew.start(piece.name, training, self.context.logger, observer)
+            return {p.name: self._finished(p, training, None, crew) for p, training in zip(pieces, ready)}
+
+    def _ready(self, piece: Piece, watch: tuple[frozenset[int], Watch] | None = None) -> Training:
+        """A training whose checkpoints, if it has any, are good to go on from."""
+        torch.manual_seed(piece.train.seed)
+        training = Training(piece.model, piece.data, piece.train, self._checkpoints(piece.name))
+        due = {step for step in range(1, piece.train.steps + 1) if _due(step, piece.train, watch)}
+        agreed(lambda: _forget_unseen(training.folder, due, self._history(piece.name)))
+        return training
+
+    def _finished(self, piece: Piece, training: Training, watch, crew: SideBySide | None) -> dict[str, Any]:
+        """The record of a piece, trained now or before; its model is ready to be used."""
+        name, model, path = piece.name, piece.model, self._path(piece.name)
         record = agreed(lambda: _restored(path))
         if record is None:
-            record = self._trained(name, model, data, train, watch)
+            record = self._trained(piece, training, watch, crew)
             # Clones: an embedding that is the head's too is there twice, and safetensors refuses shared memory.
             whole = {n: t.detach().cpu().clone().contiguous() for n, t in model.state_dict().items()}
             agreed(lambda: fsio.write_atomic(path, save(whole, {"record": json.dumps(record)})))
-            agreed(lambda: self._checkpoints(name).is_dir() and fsio.remove_tree(self._checkpoints(name)))
+            agreed(lambda: training.folder.is_dir() and fsio.remove_tree(training.folder))
         else:
             with safe_open(str(path), "pt") as file:
                 model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})
-            model.to(training_device(train.device))
-            self.context.show(Progress(name, train.steps, train.steps, "already made"))
+            model.to(training_device(piece.train.device))
+            self.context.show(Progress(name, piece.train.steps, piece.train.steps, "already made"))
         model.eval()
         return record
 
-    def _trained(self, name: str, model, data, train: TrainConfig, watch) -> dict[str, Any]:
-        folder = self._checkpoints(name)
-        history = History(folder / "history.json")
-        due = {step for step in range(1, train.steps + 1) if _due(step, train, watch)}
-        agreed(lambda: _forget_unseen(folder, due, history))
-        trainer = Trainer(model, data, train, folder, self.context.logger, self._observer(name, train, history, watch))
-        report = trainer.run()
-        self.context.logger.event("trained", name=name, tokens=report.tokens, losses=report.losses)
+    def _trained(self, piece: Piece, training: Training, watch, crew: SideBySide | None) -> dict[str, Any]:
+        if crew is not None and (code := crew.wait(piece.name)):
+            self.context.logger.event("train_beside_ended", name=piece.name, exit_code=code)
+        history = self._history(piece.name)
+        report = training.trainer(self.context.logger, self._observer(piece, history, watch, crew)).run()
+        self.context.logger.event("trained", name=piece.name, tokens=report.tokens, losses=report.losses)
         return {"losses": report.losses, "tokens": report.tokens, "history": history.rows}
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '-')}-{self.key}.safetensors"
+
+    def _history(self, name: str) -> History:
+        return History(self._checkpoints(name) / "history.json")
 
     def _checkpoints(self, name: str) -> Path:
         return self.context.folder / "checkpoints" / f"{name.replace(' ', '-')}-{self.key}"
 
-    def _observer(self, name: str, train: TrainConfig, history: History, watch):
+    def _observer(self, piece: Piece, history: History, watch=None, crew: SideBySide | None = None):
         steps, look = watch or (frozenset(), dict)
+        name, train = piece.name, piece.train
 
         def observe(info: StepInfo) -> None:
             note = f"loss {info.loss_avg_100:.3f}  {info.tokens_per_second:,.0f} tokens/s"
             if "reward_mean" in info.parts:
                 note += f"  reward {info.parts['reward_mean']:.4f}"
             self.context.show(Progress(name, info.step, info.steps, f"{note}  {info.seconds_left:.0f} s left"))
+            if crew is not None:
+                crew.listen()
             if not _due(info.step, train, watch):
                 return
             seen = agreed(lambda: look(info.step)) if info.step in steps else {}
