@@ -86,11 +86,13 @@ def machine() -> str:
     return f"{name}, {env['cpu_capability']}, torch {env['torch']}, {torch.get_num_threads()} threads, no GPU"
 
 
-def publish(name: str, title: str, columns: list[str], rows: list[list[Any]], notes: list[str]) -> Path:
-    """Print a table and write it to ``docs/results/NAME.md`` with date, machine and command."""
+def publish(
+    name: str, title: str, columns: list[str], rows: list[list[Any]], notes: list[str], arguments: str = ""
+) -> Path:
+    """Print a table and write it to ``docs/results/NAME.md`` with date, machine and command, its arguments included."""
     lines = [f"# {title}", ""]
     lines += [f"- date: {datetime.now(UTC):%Y-%m-%d}", f"- machine: {machine()}"]
-    lines += [f"- command: `python -m benchmarks.{name}`", ""]
+    lines += [f"- command: `python -m benchmarks.{name}{arguments and ' '}{arguments}`", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
     lines += ["", *(f"{note}\n" for note in notes)]

@@ -14,6 +14,8 @@ import statistics
 import sys
 from typing import Any
 
+import torch
+
 from agent_forge.pipeline.orchestrator import PipelineOrchestrator, session_results
 from agent_forge.profile import load_profile, with_values
 from benchmarks.common import publish, tell
@@ -130,6 +132,9 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--mixers", action="store_true")
     given = parser.parse_args([a for a in sys.argv[1:] if a != "quietstar"])
+    profile = load_profile("nano")
+    torch.set_num_threads(profile.threads or torch.get_num_threads())  # as the runs set it; the table's head tells
+    words = ["STORAGE" if a == given.storage else a for a in sys.argv[1:] if a != "quietstar"]
     records = {}
     for number in range(given.seeds):
         seeds = [f"phases.quietstar.{step}.train.seed={31 + 10 * number}" for step in ("teach", "quiet")]
@@ -140,7 +145,7 @@ def main() -> None:
         fused = think(given.storage, given.model, ['phases.quietstar.quiet.talk.mixer.kind="attention"'])
         records["seed 1, attention mixer"] = fused
     rows = [row_of(name, record) for name, record in records.items()]
-    publish("quietstar", "Phase 3 at nano", COLUMNS, rows, [*notes_of(records), *found])
+    publish("quietstar", "Phase 3 at nano", COLUMNS, rows, [*notes_of(records), *found], " ".join(words))
     if any(line.startswith("missed") for line in found):
         sys.exit("targets missed")
 

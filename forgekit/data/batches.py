@@ -138,13 +138,20 @@ class PackedSource:
 
 
 class ProblemSource(PackedSource):
-    """Gym problems packed into rows."""
+    """Gym problems packed into rows.
 
-    def __init__(self, tokenizer, problems: list) -> None:
+    Args:
+        tokenizer: whose ids they are.
+        problems: what is asked and answered.
+        systems: a system message before each of them, "" for none; none at all unless given.
+    """
+
+    def __init__(self, tokenizer, problems: list, systems: list[str] | None = None) -> None:
         if not problems:
             raise DataError("no problems", where="gym", remedy="give at least one family and level")
         end, _ = end_token(tokenizer)
-        prompts = tokenizer.encode_batch([asked(tokenizer, p.prompt) for p in problems], add_special_tokens=False)
+        pairs = zip(problems, systems or [""] * len(problems), strict=True)
+        prompts = tokenizer.encode_batch([told(tokenizer, p.prompt, s) for p, s in pairs], add_special_tokens=False)
         answers = tokenizer.encode_batch([p.answer + end for p in problems], add_special_tokens=False)
         super().__init__(tokenizer, [q.ids for q in prompts], [a.ids for a in answers])
 

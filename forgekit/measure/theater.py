@@ -19,7 +19,7 @@ All intervals are at 95 %, over the questions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,22 +137,6 @@ class TheaterReport:
         """One line per requirement: met, not met, or not used."""
         words = {True: "yes", False: "no", None: "not used"}
         return tuple(f"{words[f.passed]}: {f.reason}" for f in self.findings)
-
-    def only(self, levels: Collection[str]) -> TheaterReport:
-        """The same report on some of the levels, such as those that were weak on another split.
-
-        Raises:
-            ConfigError: a level that is not there, or none.
-        """
-        unknown = sorted(set(levels) - set(self.levels))
-        if unknown or not levels:
-            what = f"no level {unknown[0]!r}" if unknown else "no level given"
-            raise ConfigError(what, where="levels", remedy=f"use some of {', '.join(self.levels)}")
-        at = [i for i, p in enumerate(self.problems) if _level(p) in levels]
-        columns = ({name: row[at] for name, row in part.items()} for part in (self.rights, self.nats))
-        scored = None if self.scored is None else [self.scored[i] for i in at]
-        items = ([self.problems[i] for i in at], [self.thoughts[i] for i in at])
-        return _report(*items, *columns, scored, self.config)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the items, ready for JSON; intervals are [estimate, low, high]."""

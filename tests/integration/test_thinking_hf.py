@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forgekit.data.plans import GymMix
-from forgekit.data.thoughts import TraceSource, check, split_answer
+from forgekit.data.thoughts import CLOSE, TraceSource, check
 from forgekit.data.thoughts.traces import write_traces
 from forgekit.data.tokenizer import THINKING, train_tokenizer
 from forgekit.errors import ArtifactError
@@ -229,6 +229,6 @@ def test_traces_train_a_prepared_model():
     source = TraceSource(tokenizer, traces)
     for trace, start, prompt, size in zip(traces, source.start, source.prompt_size, source.size):
         text = tokenizer.decode(source.tokens[start + prompt : start + size - 1].tolist(), skip_special_tokens=False)
-        thought, answer = split_answer(text)
-        assert check(trace.problem.prompt, thought).valid and answer == trace.problem.answer
+        thought, close, answer = text.partition(CLOSE)
+        assert check(trace.problem.prompt, thought + close).valid and answer == trace.problem.answer
     assert set(done.ids.values()) <= set(source.tokens.tolist())

@@ -255,23 +255,6 @@ def test_the_report_is_told_by_level_and_as_json(tokenizer, problems):
     assert told_again["thinking_tokens"] == np.mean([len(thought.tokens) for thought in report.thoughts]) > 3
 
 
-def test_some_levels_alone_are_judged_by_their_own_questions(tokenizer, problems):
-    """It knows the short questions without thinking: on the long ones alone the gain is whole."""
-    report = run(tokenizer, problems, told, lambda p, t: copied(p, t) if len(p) > 8 else total(p))
-    hard = report.only(["add/2"])
-    assert list(hard.levels) == ["add/2"] and hard.levels["add/2"] == report.levels["add/2"]
-    assert hard.differences["without"][0] > report.differences["without"][0]
-    at = [i for i, p in enumerate(problems) if p.level == 2]
-    assert hard.thoughts == tuple(report.thoughts[i] for i in at)
-    for condition, right in hard.rights.items():
-        assert right.tolist() == report.rights[condition][at].tolist()
-    whole = report.only(report.levels)
-    assert whole.summary() == report.summary() and whole.reasons == report.reasons
-    for levels, message in ((["add/9"], "no level 'add/9'; use some of add/1, add/2"), ([], "no level given")):
-        with pytest.raises(ConfigError, match=message):
-            report.only(levels)
-
-
 def test_evidence_and_a_gate(tokenizer, problems):
     given = {"baselines": {"no_thought": np.zeros(len(problems)), "parent": np.zeros(len(problems))}}
     about = {"split": "report", "chance": 0.01, "seeds": (1,), "compute": {"flops": 1.0}}

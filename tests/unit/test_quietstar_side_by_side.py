@@ -97,4 +97,3 @@ def test_windows_that_cannot_be_set_are_refused():
     model.hf = model
     with pytest.raises(ConfigError, match="phases.quietstar.window"):
         with_window(model, 8)
-

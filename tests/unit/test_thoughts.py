@@ -24,7 +24,6 @@ from forgekit.data.thoughts import (
     check,
     conclusion,
     parse,
-    split_answer,
     strategy_of,
     write_traces,
 )
@@ -80,7 +79,6 @@ def test_every_thought_holds_and_leads_to_the_answer(family, name):
             assert found.mended == (name == "doubt") and found.statements + found.unchecked == len(thought.segments)
             assert str(parse(text)) == text and check(problem.prompt, parse(text)) == found
             assert conclusion(problem.prompt, text) == (problem.answer if family in NOTATED else None)
-            assert split_answer(f"{text}{problem.answer}") == (text, problem.answer)
             assert strategy_of(text) == name
     assert written or (family not in NOTATED and name in ("mece", "falsify", "orthogonal", "bayes", "doubt"))
     if family in NOTATED:
@@ -221,7 +219,6 @@ def test_no_text_breaks_the_checks(text):
         for thought in (text, said(text) if text.strip() and not any(t in text for t in THINKING) else OPEN):
             check(prompt, thought)
             conclusion(prompt, thought)
-    split_answer(text)
 
 
 @pytest.mark.parametrize(
@@ -264,22 +261,6 @@ def test_what_is_no_thought_is_not_well_formed(text):
     assert parse(text) is None and conclusion("add 38 25", text) is None
     found = check("add 38 25", text)
     assert not found.well_formed and not found.valid and found.statements == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("63", ("", "63")),
-        ("", ("", "")),
-        (f"{OPEN}{STEP}a{CLOSE}63", (f"{OPEN}{STEP}a{CLOSE}", "63")),
-        (f"{OPEN}{CLOSE}63", (OPEN + CLOSE, "63")),
-        (f"{OPEN}{STEP}a", (f"{OPEN}{STEP}a", "")),
-        (f"{OPEN}a{CLOSE}b{CLOSE}c", (f"{OPEN}a{CLOSE}", f"b{CLOSE}c")),
-        (f"x{OPEN}a{CLOSE}63", ("", f"x{OPEN}a{CLOSE}63")),
-    ],
-)
-def test_thought_and_answer_are_told_apart(text, parts):
-    assert split_answer(text) == parts and "".join(parts) == text
 
 
 @pytest.mark.parametrize(("marker", "text"), [(OPEN, "a"), ("<hm>", "a"), (STEP, ""), (STEP, " "), (STEP, f"a{DOUBT}")])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from agent_forge.phases.cognate.config import CognateConfig, SpecialistPlan
 from forgekit.data.batches import Mixture, ProblemSource, TextSource, encode_texts
@@ -36,6 +39,16 @@ class CognateData:
     trunk_problems: list[Problem]
     provenance: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def train_tokens(self) -> np.ndarray:
+        """The training texts as one stream of token ids, encoded once for all models."""
+        return encode_texts(self.tokenizer, self.train_texts)
+
+    @cached_property
+    def trunk_gym(self) -> ProblemSource:
+        """The trunk's problems, encoded once for all models."""
+        return ProblemSource(self.tokenizer, self.trunk_problems)
 
     @property
     def data_hash(self) -> str:
@@ -82,16 +95,14 @@ def supervised_share(mixture: Mixture, batches: int = 8) -> float:
 
 def trunk_mixture(data: CognateData, config: CognateConfig) -> Mixture:
     """Batches of the trunk."""
-    text = TextSource(encode_texts(data.tokenizer, data.train_texts))
-    gym = ProblemSource(data.tokenizer, data.trunk_problems)
+    text, gym = TextSource(data.train_tokens), data.trunk_gym
     sources = ((text, config.text.share), (gym, 1 - config.text.share))
     return Mixture(sources, config.trunk.rows, config.trunk.seq_len, config.trunk.seed)
 
 
 def specialist_mixture(data: CognateData, config: CognateConfig, plan: SpecialistPlan, train: TrainConfig) -> Mixture:
     """Batches of a specialist: its speciality, and a share of the trunk's data so that it forgets little."""
-    text = TextSource(encode_texts(data.tokenizer, data.train_texts), plan.text_labels)
-    gym = ProblemSource(data.tokenizer, data.trunk_problems)
+    text, gym = TextSource(data.train_tokens, plan.text_labels), data.trunk_gym
     own = ProblemSource(data.tokenizer, draw(plan.mix, config.pool, plan.seed))
     old = plan.rehearse
     sources = ((own, 1 - old), (gym, old * (1 - config.text.share)), (text, old * config.text.share))

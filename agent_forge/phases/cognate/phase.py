@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class CognatePhase(PhaseController):
         drafts = [self._branch(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
         with SideBySide(len(drafts), self.context.profile.side_by_side, config.specialist.device) as crew:
             for draft in drafts[1:]:
-                if agreed(lambda: self._finished(draft.key)) is None:
+                if agreed(partial(self._finished, draft.key)) is None:
                     crew.start(draft.name, draft.training, self.context.logger, self._observer(draft))
             return [self._make(draft, data, crew) for draft in drafts]
 

@@ -66,6 +66,8 @@ class TeachPlan(Config):
 
     @model_validator(mode="after")
     def _room_for_traces(self):
+        if self.train.optimizer.kl_coefficient:
+            raise ValueError("train.optimizer.kl_coefficient is for step 2; step 1 keeps to the parent by rehearsal")
         rest = self.direct + self.skills + self.text
         if rest >= 1:
             raise ValueError(f"direct, skills and text take {rest:g} of the rows; leave some for the traces")

@@ -16,7 +16,7 @@ from forgekit.data.gym import Problem
 from forgekit.data.plans import GymMix, TextPlan, minus
 from forgekit.data.problems import draw, held_out
 from forgekit.data.texts import load_texts
-from forgekit.data.thoughts import TraceBook, TraceSource, write_traces
+from forgekit.data.thoughts import STRATEGIES, TraceBook, TraceSource, write_traces
 from forgekit.errors import DataError
 from forgekit.measure.scores import TextWindows, cut_windows
 from forgekit.train.config import TrainConfig
@@ -108,10 +108,20 @@ def teaching(config: QuietStarConfig, data: QuietData, thinking: bool) -> Mixtur
     if plan.direct:
         sources.append((ProblemSource(tokenizer, direct), plan.direct))
     if plan.skills:
-        sources.append((ProblemSource(tokenizer, draw(data.skill_mix, plan.pool, seed)), plan.skills))
+        known = draw(data.skill_mix, plan.pool, seed)
+        sources.append((ProblemSource(tokenizer, known, _named(config, len(known))), plan.skills))
     if plan.text:
         sources.append((TextSource(data.texts["train"], plan.text_labels), plan.text))
     return Mixture(tuple(sources), train.rows, train.seq_len, train.seed)
+
+
+def _named(config: QuietStarConfig, count: int) -> list[str]:
+    """System messages for questions that are answered at once: as often as with traces they name a strategy, so that a
+    model asked for one still answers what needs no thought."""
+    names = tuple(config.traces.strategies) or STRATEGIES.names()
+    rng = np.random.default_rng([config.traces.seed, 4])
+    which = rng.integers(0, len(names), count)
+    return [names[i] if heard else "" for i, heard in zip(which, rng.random(count) < config.traces.told)]
 
 
 def talking(config: QuietStarConfig, data: QuietData, split: str = "train", rows: int = 0) -> Mixture:

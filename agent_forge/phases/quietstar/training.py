@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Workshop:
         with SideBySide(len(pieces), side_by_side, pieces[0].train.device) as crew:
             ready = [self._ready(piece) for piece in pieces]
             for piece, training in list(zip(pieces, ready))[1:]:
-                if agreed(lambda: _restored(self._path(piece.name))) is None:
+                if agreed(partial(_restored, self._path(piece.name))) is None:
                     observer = self._observer(piece, self._history(piece.name))
                     crew.start(piece.name, training, self.context.logger, observer)
             return {p.name: self._finished(p, training, None, crew) for p, training in zip(pieces, ready)}

@@ -170,13 +170,13 @@ def by_kind(watched: Watched, told: Mapping[str, Watched]) -> dict[str, dict[str
 
 
 def examples(watched: Watched, told: Mapping[str, Watched], count: int = 12) -> list[dict[str, Any]]:
-    """Thoughts to read: one for every strategy, named as it was asked for (it need not have been followed where none of
-    its thoughts is right and valid), then one free one of every family that went wrong."""
+    """Thoughts to read: one for every strategy that was asked for, of those that follow it and are right and valid if
+    there are any (each is named by the strategy it does follow), then one free one of every family that went wrong."""
     chosen = []
     for number, (name, asked_for) in enumerate(told.items()):
         rows = [_example(*parts) for parts in zip(asked_for.problems, asked_for.thoughts, asked_for.scores)]
         good = [row for row in rows if row["strategy"] == name and row["right"] and row["valid"]] or rows
-        chosen.append({**good[(number * len(good)) // len(told)], "strategy": name})
+        chosen.append(good[(number * len(good)) // len(told)])
     free = [_example(*parts) for parts in zip(watched.problems, watched.thoughts, watched.scores)]
     odd = [row for row in free if not row["right"]] + [row for row in free if row["right"] and not row["valid"]]
     families = {row["family"]: row for row in reversed(odd)}

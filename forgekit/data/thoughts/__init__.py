@@ -1,7 +1,7 @@
 """Thoughts: their format, the strategies they are written in, and the checks that say which of their steps hold."""
 
 from forgekit.data.thoughts.checks import Check, check, conclusion
-from forgekit.data.thoughts.form import CLOSE, MARKERS, OPEN, Segment, Thought, parse, split_answer
+from forgekit.data.thoughts.form import CLOSE, MARKERS, OPEN, Segment, Thought, parse
 from forgekit.data.thoughts.strategies import STRATEGIES, Strategy, strategy_of
 from forgekit.data.thoughts.traces import Trace, TraceBook, TraceSource, write_traces
 
@@ -20,7 +20,6 @@ __all__ = [
     "check",
     "conclusion",
     "parse",
-    "split_answer",
     "strategy_of",
     "write_traces",
 ]

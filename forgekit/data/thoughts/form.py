@@ -55,11 +55,3 @@ def parse(text: str) -> Thought | None:
     if before or not texts or any(not piece.strip() or OPEN in piece or CLOSE in piece for piece in texts):
         return None
     return Thought(tuple(map(Segment, markers, texts)))
-
-
-def split_answer(text: str) -> tuple[str, str]:
-    """Thought (with its outer pair; "" if there is none) and answer of what a model wrote."""
-    if not text.startswith(OPEN):
-        return "", text
-    inside, close, answer = text.partition(CLOSE)
-    return inside + close, answer
