@@ -209,7 +209,7 @@ def tabulate(found: dict[str, Any], asked: argparse.Namespace) -> int:
         f"full: other families lose at most {100 * FORGOTTEN:g} points": lost["full"][0] >= -FORGOTTEN,
         "a chunked step at small fits 6 GB": found["memory"]["chunked"]["peak"] <= SIX_GB,
     }
-    publish("baking", "Prompt baking at nano", columns, rows, notes(found, asked, met))
+    publish("baking", "Prompt baking at nano", columns, rows, notes(found, asked, met), "MODEL")
     return 0 if all(met.values()) else 1
 
 

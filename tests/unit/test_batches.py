@@ -12,7 +12,7 @@ from tiny import made as model_of
 
 from forgekit.data.batches import Batch, Mixture, ProblemSource, TextSource, encode_texts, told
 from forgekit.data.gym import FAMILIES, generate, split_of
-from forgekit.data.tokenizer import ASSISTANT, END, PAD, USER, train_tokenizer
+from forgekit.data.tokenizer import ASSISTANT, END, PAD, SYSTEM, USER, train_tokenizer
 from forgekit.errors import DataError
 from forgekit.infer.chat import conversation_ids
 from forgekit.models.constants import IGNORE
@@ -53,6 +53,21 @@ def test_every_label_is_the_token_that_follows(tokenizer, problems):
     inside = batch.labels[:, :-1] != IGNORE
     assert np.array_equal(batch.labels[:, :-1][inside], batch.inputs[:, 1:][inside])
     assert batch.supervised == (batch.labels != IGNORE).sum() > 0
+
+
+def test_a_system_message_stands_before_its_problem(tokenizer, problems):
+    source = ProblemSource(tokenizer, problems[:3], ["the", "", "of"])
+    plain = ProblemSource(tokenizer, problems[:3])
+    for i, message in enumerate(("the", "", "of")):
+        start, size = source.start[i], source.size[i]
+        text = tokenizer.decode(source.tokens[start : start + size].tolist(), skip_special_tokens=False)
+        shown = f"{SYSTEM}{message}{END}" if message else ""
+        own = plain.tokens[plain.start[i] : plain.start[i] + plain.size[i]]
+        assert text == shown + tokenizer.decode(own.tolist(), skip_special_tokens=False)
+        labels = source.labels[start : start + size]
+        assert (labels != IGNORE).sum() == source.answer_size[i] == plain.answer_size[i]
+    with pytest.raises(ValueError, match="shorter"):
+        ProblemSource(tokenizer, problems[:3], ["the"])
 
 
 def test_labels_lie_on_answers_and_on_nothing_else(tokenizer, problems):

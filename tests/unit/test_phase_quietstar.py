@@ -38,9 +38,9 @@ from agent_forge.pipeline.plan import forecast_run
 from agent_forge.profile import ModelPlan, Profile, load_profile
 from forgekit.data.gym import Problem, split_of
 from forgekit.data.plans import GymMix, TextPlan, minus
-from forgekit.data.thoughts import CLOSE, OPEN, check, write_traces
+from forgekit.data.thoughts import CLOSE, OPEN, STRATEGIES, check, write_traces
 from forgekit.data.thoughts.form import DOUBT, STEP
-from forgekit.data.tokenizer import END, THINKING, train_tokenizer
+from forgekit.data.tokenizer import END, SYSTEM, THINKING, train_tokenizer
 from forgekit.errors import ConfigError, DataError
 from forgekit.measure.coherence import Coherence
 from forgekit.measure.scores import TextScores
@@ -192,6 +192,17 @@ def test_what_learns_without_thoughts_sees_none(tokenizer, data):
     opens = sum(int((b.labels == tokenizer.token_to_id(OPEN)).sum()) for b in thoughts)
     closes = sum(int((b.labels == tokenizer.token_to_id(CLOSE)).sum()) for b in thoughts)
     assert opens > 6 and closes > 6, "both markers are learned where there are thoughts"
+
+
+def test_rehearsed_skills_hear_the_messages_that_ask_for_a_strategy(data):
+    plan = config()
+    known = next(source for source, share in teaching(plan, data, True).sources if share == plan.teach.skills)
+    texts = data.tokenizer.decode(known.tokens.tolist(), skip_special_tokens=False).split(END)
+    messages = [text.removeprefix(SYSTEM) for text in texts if text.startswith(SYSTEM)]
+    assert set(messages) == set(STRATEGIES.names())
+    assert len(messages) / len(known.size) == pytest.approx(plan.traces.told, abs=0.15)
+    assert not thinking_ids(data.tokenizer) & set(known.tokens.tolist()), "and are answered at once"
+    assert any(text.startswith("<|user|>") for text in texts)
 
 
 def test_the_validation_rows_are_of_their_split_and_always_the_same(tokenizer, data):

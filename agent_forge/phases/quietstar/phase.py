@@ -202,17 +202,14 @@ class QuietStarPhase(PhaseController):
         if not config.quiet.run:
             why = {"chosen": STEP_ONE, "why": "step 2 is switched off"}
             return Steps(one, plain, None, None, records, (0.0, 0.0), valid, why)
-        talker, continued, equal = self._quiet(one, data, workshop, records)
+        talker, spent = self._quiet(one, data, workshop, records)
         choice = agreed(lambda: self._choose(data, one, talker))
-        if choice["chosen"] == STEP_TWO:  # what is handed on has had more compute: so must its control
-            mixture = teaching(config, data, False)
-            further = train.replace(steps=max(1, round(equal[0] / step_flops(one, train, mixture))))
-            name = "no thoughts, further"
-            records[name] = workshop.train(Piece(name, plain, mixture, further))
+        further = plain if choice["chosen"] == STEP_TWO else None
+        continued, equal = self._equalled(one, further, spent, data, (workshop, records))
         return Steps(one, plain, talker, continued, records, equal, valid, choice)
 
     def _quiet(self, one, data: QuietData, workshop: Workshop, records: dict[str, dict[str, Any]]):
-        """Step 2, and step 1 trained on in the ordinary way with the same compute."""
+        """Step 2, and the FLOPs it took."""
         config, train = self.config, self.config.quiet.train
         marks: Marks = marks_of(data.tokenizer)
         torch.manual_seed(train.seed)
@@ -231,16 +228,26 @@ class QuietStarPhase(PhaseController):
         def look(step: int) -> dict[str, Any]:
             return {"watched": self._look(at[step], talker.model, data, questions)}
 
-        mixture = talking(config, data)
-        records[STEP_TWO] = workshop.train(Piece(STEP_TWO, talker, mixture, train), (frozenset(at), look))
+        step_two = Piece(STEP_TWO, talker, talking(config, data), train)
+        records[STEP_TWO] = workshop.train(step_two, (frozenset(at), look))
         agreed(lambda: emit_steps(self.context.logger, records[STEP_TWO]["history"]))
-        each = step_flops(one, train, mixture)
         # Every process counts its own rows; the first one's count, taken for all, survives a restart.
-        spent = agreed(lambda: talker.spent_flops) * world()[1]
-        longer: TrainConfig = train.replace(steps=max(1, round(spent / each)))
-        continued = copy.deepcopy(one)
-        records["continued"] = workshop.train(Piece("continued", continued, mixture, longer))
-        return talker, continued, (spent, longer.steps * each)
+        return talker, agreed(lambda: talker.spent_flops) * world()[1]
+
+    def _equalled(self, one, plain, spent: float, data: QuietData, work: tuple[Workshop, dict[str, dict[str, Any]]]):
+        """Step 1 trained on in the ordinary way with the compute of step 2; where step 2 is handed on, so is its
+        control without thoughts: what is handed on has had more compute."""
+        config, (workshop, records) = self.config, work
+        mixture, continued = talking(config, data), copy.deepcopy(one)
+        each = step_flops(one, config.quiet.train, mixture)
+        longer: TrainConfig = config.quiet.train.replace(steps=max(1, round(spent / each)))
+        pieces = [Piece("continued", continued, mixture, longer)]
+        if plain is not None:
+            train, direct = config.teach.train, teaching(config, data, False)
+            further = train.replace(steps=max(1, round(spent / step_flops(one, train, direct))))
+            pieces.append(Piece("no thoughts, further", plain, direct, further))
+        records.update(workshop.train_all(pieces, self.context.profile.side_by_side))
+        return continued, (spent, longer.steps * each)
 
     def _look(self, number: int, model, data: QuietData, questions) -> dict[str, Any]:
         """Look at the model's thoughts and emit what is seen; nothing random, and the model stays as it was."""
