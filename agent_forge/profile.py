@@ -81,9 +81,11 @@ class Profile(Config):
     context: Positive = 256
     """Longest sequence in tokens."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of torch; 0 takes one per physical core. Results are the same bits for the same number."""
+    """Threads of torch; 0 takes one per physical core. Results are the same bits for the same number and the same
+    ``side_by_side``."""
     side_by_side: bool = True
-    """Trainings that do not depend on each other run at the same time, each with its part of the threads (CPU only)."""
+    """Trainings that do not depend on each other run at the same time, each with its part of the threads, at least one
+    (CPU only)."""
     gate: Annotated[str, Field(pattern="^(stop|fall_back|accept)$")] = "fall_back"
     """What happens when a phase's gate, or a handoff contract, says no."""
     model: ModelPlan = ModelPlan()

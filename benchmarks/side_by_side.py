@@ -46,7 +46,7 @@ def seconds(shape, data: Drawn, count: int, steps: int, apart: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         drafts = [Training(build_model(shape), data, train, Path(folder) / str(i)) for i in range(count)]
         clock = time.perf_counter()
-        with SideBySide(count, apart, "cpu") as crew:
+        with SideBySide(["cpu"] * count, apart) as crew:
             for number, draft in enumerate(drafts[1:], 1):
                 crew.start(str(number), draft, Nobody(), lambda info: None)
             for number, draft in enumerate(drafts):

@@ -37,7 +37,9 @@ def forecast_run(profile: Profile, until: str | None = None) -> dict[str, Any]:
         if name == "cognate":
             trains = [("trunk", config.trunk), *((s.name, config.training_of(s)) for s in config.specialists)]
             stages += [{"phase": name, **stage} for stage in _stages(profile, trains)]
-            models, kept = models + len(trains), max(kept, *(train.keep_checkpoints for _, train in trains))
+            at_once = len(config.specialists) if profile.side_by_side else 1
+            kept = max(kept, (max(train.keep_checkpoints for _, train in trains) + 1) * at_once - 1)
+            models += len(trains)
         else:
             rows, counts[name] = _told(config)
             stages += [{"phase": name, **_timed(profile, row, speed)} for row in rows]

@@ -65,7 +65,8 @@ class Manifest(Config):
     seeds: list[int] = []
     """Every seed used."""
     environment: dict[str, Any] = {}
-    """``torch``, ``cpu_capability`` and ``threads``: the same bits are promised for the same three."""
+    """``torch``, ``cpu_capability`` and ``threads``: the same bits are promised for the same three and the
+    same profile."""
     parameters: int = Field(ge=1)
     """Number of parameters."""
     size_mb: float = Field(default=0.0, ge=0, allow_inf_nan=False)

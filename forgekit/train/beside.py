@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from forgekit.train.checkpoints import random_states, set_random_states
 from forgekit.train.config import TrainConfig
 from forgekit.train.distributed import world
 from forgekit.train.loop import BatchSource, Events, StepInfo, Trainer
-from forgekit.train.setup import training_device
+from forgekit.train.setup import choose_plan, training_device
 
 Observer = Callable[[StepInfo], None]
 PATIENCE = 30.0
@@ -59,19 +60,20 @@ class Training:
 
 class SideBySide:
     """Trainings that do not depend on each other, at the same time. A context manager; inside it every training, in
-    this process too, has the same number of threads, so that it does not matter where it is done.
+    this process too, has the same number of threads and the same part of the memory, so that it does not matter where
+    it is done.
 
     Args:
-        trainings: how many there are in all, finished ones included.
+        devices: where each of the trainings is done, finished ones included.
         wanted: off, they are done one after another with all threads.
-        device: where they are done; processes do not share an accelerator.
     """
 
-    def __init__(self, trainings: int, wanted: bool, device: str) -> None:
-        self._before = torch.get_num_threads()
-        shared = wanted and trainings > 1 and world()[1] == 1 and training_device(device).type == "cpu"
-        self._threads = max(1, self._before // trainings) if shared else self._before
-        self._apart = shared and self._before > 1
+    def __init__(self, devices: Sequence[str], wanted: bool) -> None:
+        self._before, self._trainings = torch.get_num_threads(), len(devices)
+        on_cpu = all(training_device(device).type == "cpu" for device in devices)  # an accelerator is not shared
+        self._shared = wanted and len(devices) > 1 and world()[1] == 1 and on_cpu
+        self._threads = max(1, self._before // self._trainings) if self._shared else self._before
+        self._apart = self._shared and self._before > 1
         self._others: dict[str, Beside] = {}
 
     def __enter__(self) -> SideBySide:
@@ -79,16 +81,30 @@ class SideBySide:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        try:
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, self._before)
             for other in self._others.values():
-                other.close()
-        finally:
-            torch.set_num_threads(self._before)
+                stack.callback(other.close)
+            for other in self._others.values():
+                other.stop()  # all at once: each takes its time to write
+
+    def ready(self, training: Training) -> Training:
+        """The training with its cut into micro batches decided, by its part of the memory that is free now."""
+        config = training.config
+        if not self._shared or config.micro_batch:
+            return training
+        plan = choose_plan(training.model, config, training_device(config.device), memory=1 / self._trainings)
+        return replace(training, config=config.replace(micro_batch=plan.micro_batch))
 
     def start(self, name: str, training: Training, events: Events, observer: Observer) -> None:
-        """Begin a training beside this process's own, where that is possible."""
-        if self._apart:
-            self._others[name] = Beside(training, self._threads, events, observer)
+        """Begin a training beside this process's own, where that is possible; where it is not, an event says why."""
+        if not self._apart:
+            return
+        try:
+            self._others[name] = Beside(training, self._threads, _Named(events, name), observer)
+        except (OSError, pickle.PicklingError, TypeError, AttributeError) as error:
+            # No process to be had, or a model or data source that cannot travel: it is trained here, in its turn.
+            events.event("train_beside_failed", training=name, error=str(error).splitlines()[0])
 
     def listen(self) -> None:
         """Pass on what the others told since last time."""
@@ -114,17 +130,30 @@ class Beside:
         training: what to train; its model here stays as it is.
         threads: to compute with.
         events, observer: receive in this process what the trainer tells in the other.
+
+    Raises:
+        OSError: there is no process to be had.
+        PicklingError, TypeError, AttributeError: the training cannot leave this process.
     """
 
     def __init__(self, training: Training, threads: int, events: Events, observer: Observer) -> None:
+        # Packed here: sent as they are, tensors would be shared, and both processes would write to them.
+        packed = pickle.dumps(training)
         # Not fork: a process that has used torch's threads must not be forked.
         context = multiprocessing.get_context("spawn")
         self._news, theirs = context.Pipe(duplex=False)
-        # Packed here: sent as they are, tensors would be shared, and both processes would write to them.
-        job = (pickle.dumps(training), threads, theirs)
-        self._process = context.Process(target=_train, args=job, daemon=True)
-        self._process.start()
-        theirs.close()
+        job, mine = context.Pipe(duplex=False)
+        self._process = context.Process(target=_train, args=(job, threads, theirs), daemon=True)
+        # Ctrl-C is for this process, from the other's first moment on; what is blocked here is blocked there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            job.close()
+        # Not with the start: that waits for ever if the process dies before it has read what is larger than a pipe.
+        threading.Thread(target=_send, args=(mine, packed), daemon=True).start()
         self._events, self._observer = events, observer
         self.runs = True
 
@@ -138,19 +167,40 @@ class Beside:
             else:
                 self._observer(told) if kind == "step" else self._events.event(kind, **told)
 
-    def close(self) -> int:
-        """End it: what it does not finish, its last checkpoint leaves for later. Returns its exit code."""
+    def stop(self) -> None:
+        """Ask it to end; what it does not finish, its last checkpoint leaves for later."""
         if self.runs:
             self._process.terminate()
+
+    def close(self) -> int:
+        """End it, and pass on the last that it tells. Returns its exit code."""
+        self.stop()
         end = time.monotonic() + PATIENCE
-        while self.runs and time.monotonic() < end:
-            self.listen(0.05)
-        if self.runs:
+        try:
+            while self.runs and time.monotonic() < end:
+                self.listen(0.05)
+        finally:  # also when who is told cannot go on
+            self._process.join(0 if self.runs else PATIENCE)
             self._process.kill()
-        self._process.join()
-        self.runs = False
-        self._news.close()
+            self._process.join()
+            self.runs = False
+            self._news.close()
         return self._process.exitcode
+
+
+def _send(pipe: multiprocessing.connection.Connection, packed: bytes) -> None:
+    with suppress(OSError), pipe:  # it died first: its exit code will say so
+        pipe.send_bytes(packed)
+
+
+class _Named:
+    """Says with every event whose it is."""
+
+    def __init__(self, events: Events, name: str) -> None:
+        self._events, self._name = events, name
+
+    def event(self, kind: str, **data: Any) -> None:
+        self._events.event(kind, training=self._name, **data)
 
 
 class _Teller:
@@ -172,22 +222,26 @@ class _Teller:
             self._whole = True
 
 
-def _train(packed: bytes, threads: int, news: multiprocessing.connection.Connection) -> None:
+def _train(
+    job: multiprocessing.connection.Connection, threads: int, news: multiprocessing.connection.Connection
+) -> None:
     """Train in a process of its own, to a checkpoint of the last step.
 
-    An error ends it without a word: whoever started it goes on in its own process, meets the same and tells it.
+    An error ends it: whoever started it goes on in its own process, and meets the same or does not.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits; it passes it on
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     teller = _Teller(news)
     try:
-        training: Training = pickle.loads(packed)
+        training: Training = pickle.loads(job.recv_bytes())
         report = training.trainer(teller, teller.step).run(keep_last=True)
         share = report.data_seconds / max(report.seconds, 1e-9)
         teller.event("trained_beside", seconds=report.seconds, data_share=share)
-    except (ForgeError, KeyboardInterrupt):
+    except ForgeError as error:
+        teller.event("train_beside_failed", error=str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
         sys.exit(1)
 
 

@@ -60,11 +60,14 @@ def activations_per_token(config) -> int:
     return kept
 
 
-def choose_plan(model: nn.Module, config: TrainConfig, device: torch.device, share: int = 1) -> BatchPlan:
+def choose_plan(
+    model: nn.Module, config: TrainConfig, device: torch.device, share: int = 1, memory: float = 1.0
+) -> BatchPlan:
     """Micro batches for this process: as configured, else as many sequences as the free memory holds.
 
     Args:
         share: number of processes that divide the rows among them.
+        memory: the part of the free memory that is this training's.
     """
     rows = max(1, config.rows // share)
     if config.micro_batch:
@@ -73,7 +76,7 @@ def choose_plan(model: nn.Module, config: TrainConfig, device: torch.device, sha
     parameters, per_token = parameter_count(model), activations_per_token(model.config)
     return plan_batch(
         wanted=rows,
-        free_bytes=ComputeManager(device.type).free_bytes(),
+        free_bytes=int(memory * ComputeManager(device.type).free_bytes()),
         fixed_bytes=training_bytes(parameters, 0, 0, optimizer_slots=3),
         per_sample_bytes=training_bytes(0, per_token, config.seq_len, optimizer_slots=0),
         device=device.type,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from test_phase_quietstar import PIECE, Interrupted
@@ -9,8 +13,7 @@ from tiny import Echo, gpt_config, made, same, trm_config, weights
 
 from agent_forge.phases.quietstar.phase import with_window
 from agent_forge.phases.quietstar.training import Piece
-from forgekit.errors import ConfigError, ForgeError
-from forgekit.train.beside import SideBySide
+from forgekit.errors import ConfigError
 
 NAMES = ("with", "without")
 
@@ -71,11 +74,23 @@ def test_interrupted_they_go_on_as_if_nothing_had_been(tmp_path, alone, stop_at)
     assert equal(work(Interrupted(tmp_path)), alone)
 
 
-def test_a_process_that_ended_badly_is_told(tmp_path, alone, monkeypatch):
-    wait = SideBySide.wait
-    monkeypatch.setattr(SideBySide, "wait", lambda self, name: wait(self, name) - 9 * (name == "without"))
-    place = Interrupted(tmp_path)
-    assert equal(work(place), alone)
+@dataclass(frozen=True)
+class Deadly(Echo):
+    """Data that kills the process it is drawn in from step 5 on, unless that is the one it was made in."""
+
+    home: int = 0
+
+    def batch(self, step: int):
+        if step >= 5 and os.getpid() != self.home:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(step)
+
+
+def test_a_process_that_ended_badly_is_told_and_made_up_for(tmp_path, alone):
+    place, both = Interrupted(tmp_path), pieces()
+    both[1] = replace(both[1], data=Deadly(length=12, seed=1, home=os.getpid()))
+    records = place.workshop().train_all(both, True)
+    assert equal(({piece.name: weights(piece.model) for piece in both}, records), alone)
     assert place.logger.of("train_beside_ended") == [{"name": "without", "exit_code": -9}]
 
 
@@ -91,7 +106,7 @@ def test_a_wider_window_changes_nothing_that_the_narrow_one_sees():
 
 
 def test_windows_that_cannot_be_set_are_refused():
-    with pytest.raises(ForgeError, match="window"):
+    with pytest.raises(ConfigError, match="phases.quietstar.window"):
         with_window(made(trm_config()), 0)
     model = made(gpt_config())
     model.hf = model

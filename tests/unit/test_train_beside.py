@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import Echo, Events, made, same, train_config, trainer, trm_config, weights
 
+from forgekit.compute.budget import BatchPlan
 from forgekit.errors import DataError
 from forgekit.train.beside import PATIENCE, SideBySide, Training
 from forgekit.train.loop import StepInfo
@@ -63,7 +64,7 @@ def training(folder: Path, data=None, seed: int = 0, config=QUICK) -> Training:
 
 def alone(seed: int = 0) -> dict[str, torch.Tensor]:
     """What a training on one thread gives, uninterrupted and in this process."""
-    with SideBySide(2, True, "cpu"):
+    with SideBySide(["cpu"] * 2, True):
         run = trainer(QUICK, model=made(trm_config(), seed))
         run.run()
     return weights(run.model)
@@ -79,24 +80,25 @@ def finished(crew: SideBySide, name: str, one: Training, events, heard) -> dict[
 def test_beside_each_other_they_give_the_bits_that_they_give_alone(tmp_path):
     here, there = training(tmp_path / "here"), training(tmp_path / "there", seed=1)
     before, events, heard = weights(there.model), Events(), Heard()
-    with SideBySide(2, True, "cpu") as crew:
+    with SideBySide(["cpu"] * 2, True) as crew:
         assert torch.get_num_threads() == 1
         crew.start("there", there, events, heard)
         mine = Heard()
         here.trainer(Events(), mine).run()
         assert same(weights(there.model), before), "its model here stays as it is while it trains"
-        other = finished(crew, "there", there, events, late := Heard())
+        other = finished(crew, "there", there, Events(), late := Heard())
     assert torch.get_num_threads() == 2
     assert same(weights(here.model), alone()) and same(other, alone(1))
     assert mine == heard == list(range(1, 8)) and late == [], "nothing was left to do here"
     assert events.of("trained_beside")[0]["seconds"] > 0
+    assert {data["training"] for _, data in events.seen} == {"there"}, "every event says whose it is"
     assert [e["step"] for e in events.of("train_checkpoint")] == [3, 6, 7]
 
 
 def test_one_after_another_on_as_many_threads_gives_the_same(tmp_path):
     """Switched off for want of threads: the same course, no process."""
     torch.set_num_threads(1)
-    with SideBySide(2, True, "cpu") as crew:
+    with SideBySide(["cpu"] * 2, True) as crew:
         crew.start("there", one := training(tmp_path, seed=1), Events(), Heard())
         assert crew.wait("there") == 0 and not list(tmp_path.iterdir())
         assert same(finished(crew, "there", one, Events(), heard := Heard()), alone(1)) and len(heard) == 7
@@ -104,7 +106,7 @@ def test_one_after_another_on_as_many_threads_gives_the_same(tmp_path):
 
 @pytest.mark.parametrize(("trainings", "wanted", "threads"), [(1, True, 2), (2, False, 2), (2, True, 1), (3, True, 1)])
 def test_who_shares_the_threads(trainings, wanted, threads):
-    with SideBySide(trainings, wanted, "cpu"):
+    with SideBySide(["cpu"] * trainings, wanted):
         assert torch.get_num_threads() == threads
 
 
@@ -123,9 +125,11 @@ def test_a_random_draw_is_the_same_wherever_it_is_made(tmp_path):
 @pytest.mark.parametrize(("trouble", "code"), [("die", -signal.SIGKILL), ("fail", 1)])
 def test_what_a_process_leaves_is_finished_here(tmp_path, trouble, code):
     one, events = training(tmp_path, Troubled(os.getpid(), trouble), seed=1), Events()
-    with SideBySide(2, True, "cpu") as crew:
+    with SideBySide(["cpu"] * 2, True) as crew:
         crew.start("there", one, events, Heard())
         assert crew.wait("there") == code
+        told = [data["error"] for data in events.of("train_beside_failed")]
+        assert told == (["data: is broken; mend it"] if trouble == "fail" else [])
         if trouble == "fail":  # and fails here, with its own words
             with pytest.raises(DataError, match="is broken"):
                 one.trainer(events, Heard()).run()
@@ -134,19 +138,75 @@ def test_what_a_process_leaves_is_finished_here(tmp_path, trouble, code):
     assert same(weights(one.model), alone(1)) and heard == [4, 5, 6, 7], "from the checkpoint of step 3"
 
 
+def test_one_that_dies_before_it_has_begun_keeps_nobody_waiting(tmp_path):
+    """What it was to be given is larger than a pipe holds."""
+    one = Training(made(trm_config(vocab_size=30_000), 1), Echo(), train_config(steps=1), tmp_path)
+    with SideBySide(["cpu"] * 2, True) as crew:
+        crew.start("there", one, events := Events(), Heard())
+        crew._others["there"]._process.kill()
+        assert crew.wait("there") == -signal.SIGKILL and events.seen == []
+        one.trainer(events, heard := Heard()).run()
+    assert heard == [1]
+
+
+class Stuck(Echo):
+    """Data that cannot leave its process."""
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle it")
+
+
+def test_what_cannot_leave_this_process_is_trained_here(tmp_path):
+    one = training(tmp_path, Stuck(), seed=1)
+    with SideBySide(["cpu"] * 2, True) as crew:
+        crew.start("there", one, events := Events(), Heard())
+        assert events.of("train_beside_failed") == [{"training": "there", "error": "cannot pickle it"}]
+        assert same(finished(crew, "there", one, events, Heard()), alone(1))
+
+
+def test_an_observer_that_cannot_go_on_leaves_no_process_behind(tmp_path):
+    def full(info):
+        raise OSError("no space left")
+
+    two = [training(tmp_path / str(i), Troubled(os.getpid(), "wait"), seed=i) for i in range(2)]
+    crew = SideBySide(["cpu"] * 3, True)
+    with pytest.raises(OSError, match="no space"), crew:
+        crew.start("a", two[0], Events(), full)
+        crew.start("b", two[1], Events(), Heard())
+        crew.wait("a")
+    assert torch.get_num_threads() == 2
+    assert not any(other._process.is_alive() for other in crew._others.values())
+
+
+def test_memory_is_shared_by_those_that_train_at_once(tmp_path, monkeypatch):
+    asked = []
+
+    def plan(model, config, device, share=1, memory=1.0):
+        asked.append(memory)
+        return BatchPlan(micro_batch=2)
+
+    monkeypatch.setattr("forgekit.train.beside.choose_plan", plan)
+    free, fixed = (training(tmp_path, config=train_config(micro_batch=micro)) for micro in (0, 3))
+    with SideBySide(["cpu"] * 4, True) as crew:
+        assert crew.ready(free).config.micro_batch == 2 and crew.ready(fixed) is fixed
+    with SideBySide(["cpu"] * 4, False) as crew:
+        assert crew.ready(free) is free
+    assert asked == [0.25]
+
+
 def test_an_interruption_here_ends_it_with_a_checkpoint_of_the_step_it_is_at(tmp_path):
     one, events = training(tmp_path, Troubled(os.getpid(), "wait"), seed=1), Events()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), SideBySide(2, True, "cpu") as crew:
+    with pytest.raises(KeyboardInterrupt), SideBySide(["cpu"] * 2, True) as crew:
         crew.start("there", one, events, heard := Heard())
         while len(heard) < 4:
             crew.listen()
             time.sleep(0.01)
         raise KeyboardInterrupt
     assert time.monotonic() - began < PATIENCE, "it listens to the request"
-    assert events.of("train_checkpoint")[-1] == {"step": 4, "reason": "interrupted"}
+    assert events.of("train_checkpoint")[-1] == {"training": "there", "step": 4, "reason": "interrupted"}
     assert not list(tmp_path.glob("*.unfinished"))
-    with SideBySide(2, True, "cpu"):
+    with SideBySide(["cpu"] * 2, True):
         one.trainer(events, Heard()).run()
     assert same(weights(one.model), alone(1))
 
@@ -162,7 +222,7 @@ from forgekit.train.beside import SideBySide
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    with SideBySide(2, True, "cpu") as crew:
+    with SideBySide(["cpu"] * 2, True) as crew:
         crew.start("there", training(Path({folder!r}), Troubled(os.getpid(), "wait")), Events(), lambda info: None)
         print(crew._others["there"]._process.pid, flush=True)
         time.sleep(60)

@@ -144,7 +144,8 @@ class CognatePhase(PhaseController):
         context, config = self.context, self.config
         models = len(config.specialists) + 1
         kept = max(t.keep_checkpoints for t in (config.trunk, *map(config.training_of, config.specialists)))
-        needed = disk_forecast(shape.parameters(), models, kept, OPTIMIZER_SLOTS)
+        at_once = len(config.specialists) if context.profile.side_by_side else 1
+        needed = disk_forecast(shape.parameters(), models, (kept + 1) * at_once - 1, OPTIMIZER_SLOTS)
         require_free(context.folder, needed, "phase 1")
         context.logger.metrics(
             {
@@ -172,7 +173,10 @@ class CognatePhase(PhaseController):
         """All branches of the trunk; they do not depend on each other."""
         config = self.config
         drafts = [self._branch(plan, number, trunk, data) for number, plan in enumerate(config.specialists, 1)]
-        with SideBySide(len(drafts), self.context.profile.side_by_side, config.specialist.device) as crew:
+        devices = [draft.training.config.device for draft in drafts]
+        with SideBySide(devices, self.context.profile.side_by_side) as crew:
+            for draft in drafts:
+                draft.training = crew.ready(draft.training)
             for draft in drafts[1:]:
                 if agreed(partial(self._finished, draft.key)) is None:
                     crew.start(draft.name, draft.training, self.context.logger, self._observer(draft))

@@ -130,8 +130,9 @@ class QuietStarConfig(Config):
     text: TextPlan | None = None
     """Real text; unset takes phase 1's."""
     window: Annotated[int, Field(ge=0)] | None = None
-    """Attention window of the model that learns to think, in tokens, 0 for everything; unset keeps the parent's. A
-    thought stands between the question and its answer, and pushes the question out of a narrow window."""
+    """Attention window of the model that learns to think, in tokens, 0 for everything where the family allows it; unset
+    keeps the parent's. A thought stands between the question and its answer, and pushes the question out of a narrow
+    window."""
     coherence: CoherenceConfig = CoherenceConfig()
     """How coherent thoughts are."""
     theater: TheaterConfig = TheaterConfig()

@@ -177,7 +177,8 @@ class QuietStarPhase(PhaseController):
         config, context = self.config, self.context
         parameters = sum(p.numel() for p in parent.model.parameters())
         kept = max(train.keep_checkpoints for train in (config.teach.train, config.quiet.train))
-        require_free(context.folder, disk_forecast(parameters, 5, kept, OPTIMIZER_SLOTS), "phase 3")
+        checkpoints = (kept + 1) * (2 if context.profile.side_by_side else 1) - 1  # of trainings at the same time
+        require_free(context.folder, disk_forecast(parameters, 5, checkpoints, OPTIMIZER_SLOTS), "phase 3")
         context.show(Progress("data", 0, 1, "text, traces, questions"))
         first = TextPlan.build(context.profile.phases.get("cognate", {}).get("text", {}), "phases.cognate.text")
         data = prepare(config, parent.tokenizer, parent.speciality, first, context.data)
@@ -437,6 +438,7 @@ class QuietStarPhase(PhaseController):
             "tags": ["quietstar", chosen],
             "speciality": [part.model_dump(mode="json") for part in mix],
             "thinks": True,
+            "training_threads": steps.records[STEP_ONE]["threads"],
             "vocabulary_added": model.config.vocab_size - parent.model.config.vocab_size,
             "coherence_score": told["coherence"],
             "validity_rate": told["validity_rate"],
@@ -471,7 +473,12 @@ def with_window(model: torch.nn.Module, window: int | None) -> torch.nn.Module:
     if hasattr(model, "hf") or "window" not in type(model.config).model_fields:
         remedy = "leave it out: a Hugging Face model's window is its own"
         raise ConfigError("the model has no window to set", where="phases.quietstar.window", remedy=remedy)
-    wider = build_model(model.config.replace(window=window))
+    try:
+        config = model.config.replace(window=window)
+    except ConfigError as error:
+        remedy = "give a window in tokens; not every family sees everything"
+        raise ConfigError(error.what, where="phases.quietstar.window", remedy=remedy) from None
+    wider = build_model(config)
     wider.load_state_dict(model.state_dict())
     return wider.to(next(model.parameters()).device).eval()
 

@@ -65,8 +65,8 @@ class Workshop:
         Args:
             side_by_side: at the same time, the first one here.
         """
-        with SideBySide(len(pieces), side_by_side, pieces[0].train.device) as crew:
-            ready = [self._ready(piece) for piece in pieces]
+        with SideBySide([piece.train.device for piece in pieces], side_by_side) as crew:
+            ready = [crew.ready(self._ready(piece)) for piece in pieces]
             for piece, training in list(zip(pieces, ready))[1:]:
                 if agreed(partial(_restored, self._path(piece.name))) is None:
                     observer = self._observer(piece, self._history(piece.name))
@@ -76,10 +76,12 @@ class Workshop:
     def _ready(self, piece: Piece, watch: tuple[frozenset[int], Watch] | None = None) -> Training:
         """A training whose checkpoints, if it has any, are good to go on from."""
         torch.manual_seed(piece.train.seed)
-        training = Training(piece.model, piece.data, piece.train, self._checkpoints(piece.name))
+        self._forget_unseen(piece, watch)
+        return Training(piece.model, piece.data, piece.train, self._checkpoints(piece.name))
+
+    def _forget_unseen(self, piece: Piece, watch) -> None:
         due = {step for step in range(1, piece.train.steps + 1) if _due(step, piece.train, watch)}
-        agreed(lambda: _forget_unseen(training.folder, due, self._history(piece.name)))
-        return training
+        agreed(lambda: _forget_unseen(self._checkpoints(piece.name), due, self._history(piece.name)))
 
     def _finished(self, piece: Piece, training: Training, watch, crew: SideBySide | None) -> dict[str, Any]:
         """The record of a piece, trained now or before; its model is ready to be used."""
@@ -102,10 +104,12 @@ class Workshop:
     def _trained(self, piece: Piece, training: Training, watch, crew: SideBySide | None) -> dict[str, Any]:
         if crew is not None and (code := crew.wait(piece.name)):
             self.context.logger.event("train_beside_ended", name=piece.name, exit_code=code)
+            self._forget_unseen(piece, watch)  # its last steps may not have been told
         history = self._history(piece.name)
         report = training.trainer(self.context.logger, self._observer(piece, history, watch, crew)).run()
+        threads = torch.get_num_threads()
         self.context.logger.event("trained", name=piece.name, tokens=report.tokens, losses=report.losses)
-        return {"losses": report.losses, "tokens": report.tokens, "history": history.rows}
+        return {"losses": report.losses, "tokens": report.tokens, "history": history.rows, "threads": threads}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}-{self.key}.safetensors"
