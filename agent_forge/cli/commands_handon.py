@@ -10,6 +10,10 @@ import typer
 from agent_forge.cli.shared import print_json, say, storage_of, table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_NEXT = {
+    "hf": "load it with transformers as its README.md says; the licence is for you to add",
+    "gguf": "run it with llama.cpp, e.g. `llama-cli -m FILE`; the licence is for you to add",
+}
 _STYLE = {"improved": "green", "worse": "red", "no-signal": "dim"}
 
 
@@ -22,18 +26,27 @@ def attach(app: typer.Typer) -> None:
 def export(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model: name, id or folder, ours or Hugging Face's.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the result; must not exist.")],
-    target: Annotated[str, typer.Option("--format", "-f", help="What for: hf (Hugging Face transformers).")] = "hf",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the result, for gguf a file NAME.gguf; must not exist.")
+    ],
+    target: Annotated[
+        str, typer.Option("--format", "-f", help="What for: hf (Hugging Face transformers) or gguf (llama.cpp).")
+    ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32, float16 or bfloat16; default: as they are.")
+        str | None,
+        typer.Option(
+            help="Type of the weights: float32, float16 or bfloat16; for gguf float32, float16, q8_0 or tq2_0; "
+            "default: as they are."
+        ),
     ] = None,
-    max_shard: Annotated[str, typer.Option(help="Largest file of weights, as 500MB or 5GB.")] = "5GB",
+    max_shard: Annotated[str, typer.Option(help="Largest file of weights, as 500MB or 5GB; gguf has one.")] = "5GB",
     as_json: Json = False,
 ) -> None:
     """Write a model for other programs, with its card."""
+    from typing import get_type_hints
+
     from agent_forge.cli.progress import Bars
     from agent_forge.export import EXPORTERS
-    from agent_forge.export.hf import ExportPlan
     from agent_forge.pipeline.phase import Progress
     from forgekit.compute.disk import readable
 
@@ -41,7 +54,8 @@ def export(
     storage = storage_of(context)
     folder = storage.resolve(model)
     values = {"source": folder, "output": output, "dtype": dtype, "max_shard_bytes": size_of(max_shard)}
-    plan = ExportPlan.build({**values, "ancestors": tuple(_ancestors(storage, folder))}, "export")
+    kind = get_type_hints(write)["plan"]  # each format says what it can be told
+    plan = kind.build({**values, "ancestors": tuple(_ancestors(storage, folder))}, "export")
     with Bars(enabled=not as_json) as bars:
         receipt = write(plan, lambda done, total: bars.show(Progress("tensors", done, total)))
     if as_json:
@@ -51,7 +65,9 @@ def export(
             f"wrote {output}: {readable(receipt['bytes'])} in {len(receipt['files'])} files, {receipt['dtype']}",
             "green",
         )
-        say("load it with transformers as its README.md says; the licence is for you to add")
+        for note in receipt.get("notes", ()):
+            say(note)
+        say(_NEXT.get(target, "the licence is for you to add"))
 
 
 def size_of(text: str) -> int:

@@ -65,7 +65,7 @@ class GPT(nn.Module):
 
     def initial_state(self, batch: int) -> GPTState:
         """State before the first token of ``batch`` rows."""
-        device = self.embedding.table.weight.device
+        device = next(self.parameters()).device
         position = torch.zeros(batch, dtype=torch.long, device=device)
         return GPTState(position, [block.attn.initial_state(batch, device) for block in self.blocks])
 

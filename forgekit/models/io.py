@@ -41,9 +41,23 @@ def hub_config(config: GPTConfig) -> dict[str, Any]:
 def write_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and, when given, the tokenizer into an existing folder.
 
-    Our families are written as they are; a wrapped Hugging Face model writes itself in its own layout.
+    Our families are written as they are; a wrapped Hugging Face model writes itself in its own layout, and a packed
+    model of either kind as a packed artifact.
+
+    Raises:
+        ArtifactError: the model is in training for low bits.
     """
+    from forgekit.quant.model import is_fake, is_packed
+
     folder = Path(folder)
+    if is_packed(model):
+        from forgekit.quant.files import write_packed
+
+        write_packed(model, tokenizer, folder)
+        return
+    if is_fake(model):
+        remedy = "write packed(model, ...) or dequantised(model, ...) of forgekit.quant.model, or restored(model)"
+        raise ArtifactError("its weights are not those it computes with", where="fake-quantised model", remedy=remedy)
     if hasattr(model, "write_to"):
         model.write_to(folder)
     else:
@@ -51,13 +65,17 @@ def write_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
         save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
         text = json.dumps(hub_config(model.config), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-    if tokenizer is not None:
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(str(folder))
-        else:
-            from forgekit.data.tokenizer import save_tokenizer
+    write_tokenizer(tokenizer, folder)
 
-            save_tokenizer(tokenizer, folder)
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files, of the house or of Hugging Face, into an existing folder; nothing for ``None``."""
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(folder))
+    elif tokenizer is not None:
+        from forgekit.data.tokenizer import save_tokenizer
+
+        save_tokenizer(tokenizer, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -85,6 +103,10 @@ def read_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     """
     folder = Path(folder)
     values = read_config(folder)
+    if "forge_quantization" in values:
+        from forgekit.quant.files import read_packed
+
+        return read_packed(folder)
     if values.get("model_type") not in FAMILIES:
         from forgekit.hub import read_hf_model
 
@@ -131,4 +153,5 @@ __all__ = [
     "read_config",
     "read_model",
     "write_model",
+    "write_tokenizer",
 ]

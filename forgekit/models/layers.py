@@ -199,7 +199,7 @@ class Attention(nn.Module):
     def initial_state(self, batch: int, device: torch.device) -> AttentionState:
         """An empty ring of W slots (no slots for unlimited attention, which grows)."""
         heads, width = self.shape.heads, self.shape.width // self.shape.heads
-        empty = self.wk.weight.new_zeros(batch, heads, self.shape.window, width)
+        empty = self.longest_2H.new_zeros(batch, heads, self.shape.window, width)  # a packed wk would unpack its weight
         pos = torch.full((batch, self.shape.window), EMPTY, dtype=torch.long, device=device)
         tail = None if self.conv_CJ is None else empty.new_zeros(batch, CONV_TAPS - 1, 3 * self.shape.width)
         return AttentionState(empty, empty.clone(), pos, 0, tail)
@@ -338,4 +338,6 @@ class Embedding(nn.Module):
 
     def unembed(self, h: Tensor) -> Tensor:
         """(..., D) to (..., V) logits."""
-        return F.linear(h if self.lower is None else self.lower(h), self.table.weight)
+        h = h if self.lower is None else self.lower(h)
+        # A packed table multiplies without being unpacked (forgekit.quant.layers.GroupedEmbedding).
+        return self.table.logits(h) if hasattr(self.table, "logits") else F.linear(h, self.table.weight)

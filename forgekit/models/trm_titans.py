@@ -175,7 +175,7 @@ class TRMTitans(nn.Module):
 
     def initial_state(self, batch: int) -> TRMTitansState:
         """State before the first token of ``batch`` rows."""
-        device = self.embedding.table.weight.device
+        device = next(self.parameters()).device
         position = torch.zeros(batch, dtype=torch.long, device=device)
         layers = [block.attn.initial_state(batch, device) for block in self.blocks]
         memories = [b.gated.memory.initial_state(batch, device) if hasattr(b, "gated") else None for b in self.blocks]

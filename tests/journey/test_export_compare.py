@@ -40,7 +40,7 @@ def test_an_exported_specialist_answers_as_the_original(copy):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("reasoning", "--format", "gguf"), 2, "unknown export_format 'gguf'; choose one of hf"),
+        (("reasoning", "--format", "onnx"), 2, "unknown export_format 'onnx'; choose one of hf"),
         (("reasoning", "--dtype", "int3"), 2, "dtype"),
         (("reasoning", "--max-shard", "much"), 2, "'much' is not a size"),
         (("nobody",), 4, "no model 'nobody'"),

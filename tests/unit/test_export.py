@@ -382,9 +382,9 @@ def test_an_export_that_is_broken_off_leaves_nothing(artifacts, tmp_path, monkey
 
 
 def test_formats_are_found_by_name():
-    assert EXPORTERS.get("hf") is export_hf and EXPORTERS.names() == ["hf"]
-    with pytest.raises(ConfigError, match="unknown export_format 'gguf'; choose one of hf"):
-        EXPORTERS.get("gguf")
+    assert EXPORTERS.get("hf") is export_hf and EXPORTERS.names() == ["hf", "gguf"]
+    with pytest.raises(ConfigError, match="unknown export_format 'onnx'; choose one of hf"):
+        EXPORTERS.get("onnx")
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5e9), ("500mb", 5e8), ("1.5k", 1500), (" 12 ", 12)])

@@ -1,0 +1,100 @@
+"""The metrics the sources list for phase 4, under their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from agent_forge.phases.bitnet.evidence import (
+    INT4,
+    INT8,
+    PARENT,
+    SAME_BYTES,
+    TERNARY,
+    UNTRAINED,
+    Finals,
+)
+from agent_forge.phases.bitnet.measuring import Speed
+from agent_forge.pipeline.handoff import validate_models
+from agent_forge.pipeline.phase import PhaseContext
+
+MIB = 2**20
+STEP_PARTS = {"loss": "train/loss", "divergence": "train/divergence", "strength": "train/strength"}
+"""What a step of the training on the grid tells, and its name in the catalogue."""
+BASELINES = {"untrained": UNTRAINED, "int8": INT8, "int4": INT4, "same_bytes": SAME_BYTES}
+
+
+def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured, by its name in the catalogue.
+
+    Args:
+        finals: of the report split.
+        speed: of parent and ternary model.
+        facts: ``held`` (bytes of weights in memory by model), ``layers`` (ternary maps, other maps and embeddings),
+            ``sparsity``, ``distance``, ``samples``, ``calibration_seconds``, ``threshold``.
+    """
+    before, after, untrained = (finals.readings[name] for name in (PARENT, TERNARY, UNTRAINED))
+    memory, state = facts["held"], speed.state
+    speedup = speed.rate(TERNARY) / speed.rate(PARENT)
+    recovered, text_recovered = finals.recovery, finals.perplexity_recovery
+    milliseconds = speed.milliseconds[TERNARY]
+    found = {
+        "compression/original_size_mb": finals.sizes[PARENT] / MIB,
+        "compression/compressed_size_mb": finals.sizes[TERNARY] / MIB,
+        "compression/compression_ratio": finals.ratio,
+        "compression/layers_compressed": facts["layers"][0],
+        "compression/layers_preserved": facts["layers"][1],
+        "compression/sparsity_ratio": facts["sparsity"],
+        "compression/threshold": facts["threshold"],
+        "quality/pre_compression_perplexity": before.perplexity,
+        "quality/post_compression_perplexity": untrained.perplexity,
+        "quality/perplexity_degradation_percent": 100 * (untrained.perplexity / before.perplexity - 1),
+        "quality/post_finetuning_perplexity": after.perplexity,
+        "quality/final_degradation_percent": 100 * finals.perplexity_added,
+        "quality/perplexity_recovery_percent": None if text_recovered is None else 100 * text_recovered,
+        "quality/accuracy_recovery_percent": None if recovered is None else 100 * recovered,
+        "quality/pre_accuracy": before.accuracy,
+        "quality/post_accuracy": after.accuracy,
+        "quality/accuracy_retention": finals.retention,
+        "performance/inference_speedup": speedup,
+        "performance/memory_reduction": memory[PARENT] / memory[TERNARY],
+        "performance/calibration_time_seconds": facts["calibration_seconds"],
+        "bitnet/compression_ratio": finals.ratio,
+        "bitnet/accuracy_retention": finals.retention,
+        "bitnet/inference_speedup": speedup,
+        "bitnet/memory_reduction": memory[PARENT] / memory[TERNARY],
+        "bitnet/sparsity_ratio": facts["sparsity"],
+        "bitnet/quantization_error": facts["distance"],
+        "bitnet/calibration_samples": facts["samples"],
+        "bitnet/memory/peak_mb": (memory[TERNARY] + state[TERNARY]) / MIB,
+        "bitnet/memory/allocated_mb": memory[TERNARY] / MIB,
+        "bitnet/speed/latency_p50_ms": float(np.percentile(milliseconds, 50)),
+        "bitnet/speed/latency_p95_ms": float(np.percentile(milliseconds, 95)),
+        "bitnet/speed/throughput_fps": speed.rate(TERNARY),
+        "phase/finetuned": finals.trained,
+    }
+    for short, name in BASELINES.items():
+        if name in finals.readings:
+            reading = finals.readings[name]
+            found[f"baseline/{short}_accuracy"] = reading.accuracy
+            found[f"baseline/{short}_perplexity"] = reading.perplexity
+            found[f"baseline/{short}_size_mb"] = finals.sizes[name] / MIB
+    return found
+
+
+def emit_phase(context: PhaseContext, found: dict[str, Any], ends: tuple[str, str]) -> dict[str, Any]:
+    """Write the phase's own values; returns them with what the two handoffs say.
+
+    Args:
+        context: logger, profile, storage.
+        found: of :func:`values`, with the duration.
+        ends: ids of the parent and of the model that is handed on.
+    """
+    taken, given = (
+        validate_models(context.profile, *names, context.storage, [one])
+        for names, one in zip((("quietstar", "bitnet"), ("bitnet", "curriculum")), ends)
+    )
+    known = {**found, "handoff/from_phase3": taken.accepted, "handoff/to_phase5": given.accepted}
+    context.logger.metrics(known)
+    return known

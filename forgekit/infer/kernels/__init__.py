@@ -1,0 +1,155 @@
+"""Products with low-bit weights: one entry for every device, each implementation in a module of its own.
+
+``cpu`` (compiled at first use by LLVM), ``gpu`` (Triton), ``plain`` (torch alone). All round activations alike and add
+integers, so that their ternary products are equal bit for bit.
+
+Shapes: R rows (outputs), C columns (inputs), B batch, P packed bytes of a row (:func:`forgekit.quant.pack.pack2`),
+G groups.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from forgekit.errors import ArtifactError, ConfigError
+from forgekit.infer.kernels import cpu, plain
+from forgekit.quant.pack import width2
+from forgekit.registry import unknown
+
+VARIABLE = "AGENT_FORGE_KERNELS"
+BACKENDS = ("llvm", "torch", "triton")
+SYNONYMS = {"numba": "llvm"}
+"""numba brings the LLVM that is used here."""
+REMEDY = {"llvm": "pip install llvmlite", "triton": "pip install triton, on a machine with a GPU"}
+
+
+def backend(device: str | torch.device = "cpu") -> str:
+    """What computes on a device: ``llvm`` or ``torch`` on a CPU, ``triton`` or ``torch`` elsewhere.
+
+    The environment variable AGENT_FORGE_KERNELS forces one (``numba`` means ``llvm``).
+
+    Raises:
+        ConfigError: the forced one is unknown, not installed, or not for this device.
+    """
+    return _choose(os.environ.get(VARIABLE, ""), torch.device(device).type)
+
+
+def ternary_matmul(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> Tensor:
+    """Product of activations, rounded to 8 bits per token, with packed ternary weights.
+
+    The integer sums are exact; the result is sum * scale of the row * scale of the token. No gradient flows.
+
+    Args:
+        packed2_RP: uint8 (R, P) from :func:`forgekit.quant.pack.pack2`.
+        scale_R: (R) or (R, 1), one for each row.
+        x_BC: (..., C) of any floating dtype.
+        columns: C.
+
+    Returns:
+        float32 (..., R).
+
+    Raises:
+        ArtifactError: the shapes do not fit.
+        ConfigError: as :func:`backend`.
+    """
+    flat_BC, scale_R = _fitting(packed2_RP, scale_R, x_BC, columns)
+    chosen = _chosen(flat_BC)
+    if chosen == "llvm":
+        out_BR = cpu.ternary_matmul(packed2_RP.contiguous(), scale_R, flat_BC)
+    elif chosen == "triton":
+        from forgekit.infer.kernels import gpu
+
+        out_BR = gpu.ternary_matmul(packed2_RP.contiguous(), scale_R, flat_BC)
+    else:
+        out_BR = plain.ternary_matmul(packed2_RP, scale_R, flat_BC)
+    return out_BR if x_BC.ndim == 2 else out_BR.view(*x_BC.shape[:-1], len(scale_R))
+
+
+def ternary_matmul_float(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> Tensor:
+    """:func:`ternary_matmul` without rounding the activations, in plain torch."""
+    flat_BC, scale_R = _fitting(packed2_RP, scale_R, x_BC, columns)
+    return plain.ternary_matmul_float(packed2_RP, scale_R, flat_BC).view(*x_BC.shape[:-1], len(scale_R))
+
+
+def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int) -> Tensor:
+    """Product of float32 activations with int8 weights that share a scale per group of columns.
+
+    Args:
+        codes_RC: int8 (R, C).
+        scale_RG: float16 (R, ceil(C / group)).
+        x_BC: (..., C) of any floating dtype.
+        group: columns that share a scale; the last group may be shorter.
+
+    Returns:
+        float32 (..., R). No gradient flows.
+
+    Raises:
+        ArtifactError: the shapes do not fit.
+        ConfigError: as :func:`backend`.
+    """
+    rows, columns = codes_RC.shape
+    groups = -(-columns // group) if group > 0 else 0
+    if codes_RC.dtype != torch.int8 or scale_RG.shape != (rows, groups) or x_BC.shape[-1] != columns:
+        what = f"codes {tuple(codes_RC.shape)}, scales {tuple(scale_RG.shape)}, activations {tuple(x_BC.shape)}"
+        what = f"{what} do not fit groups of {group}"
+        raise ArtifactError(what, where="group-wise product", remedy="restore the artifact")
+    flat_BC = _flat(x_BC, columns)
+    if _chosen(flat_BC) == "llvm":
+        out_BR = cpu.grouped_matmul(codes_RC.contiguous(), scale_RG.half().contiguous(), flat_BC, group)
+    else:
+        out_BR = plain.grouped_matmul(codes_RC, scale_RG, flat_BC, group)
+    return out_BR if x_BC.ndim == 2 else out_BR.view(*x_BC.shape[:-1], rows)
+
+
+def _fitting(packed_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Activations as contiguous float32 (B, C) and scales as float32 (R), once all sizes have been compared."""
+    rows, width = packed_RP.shape
+    if width != width2(columns) or scale_R.numel() != rows or x_BC.shape[-1] != columns or columns < 1:
+        what = f"packed {tuple(packed_RP.shape)}, scales {tuple(scale_R.shape)}, activations {tuple(x_BC.shape)}"
+        raise ArtifactError(
+            f"{what} do not fit {columns} columns", where="ternary product", remedy="restore the artifact"
+        )
+    if packed_RP.dtype != torch.uint8 or not x_BC.is_floating_point():
+        what = f"{packed_RP.dtype} codes and {x_BC.dtype} activations"
+        raise ArtifactError(what, where="ternary product", remedy="give uint8 codes and float activations")
+    if scale_R.ndim != 1 or scale_R.dtype != torch.float32:
+        scale_R = scale_R.reshape(-1).float()
+    return _flat(x_BC, columns), scale_R.contiguous()
+
+
+def _flat(x_BC: Tensor, columns: int) -> Tensor:
+    """Contiguous float32 (B, C). Every call of a decoded token passes here: what is not needed is not done."""
+    if x_BC.ndim != 2:
+        x_BC = x_BC.reshape(-1, columns)
+    if x_BC.dtype != torch.float32:
+        x_BC = x_BC.float()
+    return x_BC.contiguous()
+
+
+def _chosen(x: Tensor) -> str:
+    """:func:`backend` for the device of a tensor."""
+    return _choose(os.environ.get(VARIABLE, ""), "cpu" if x.is_cpu else x.device.type)
+
+
+@functools.cache
+def _choose(forced: str, device: str) -> str:
+    """See :func:`backend`."""
+    name = SYNONYMS.get(forced, forced)
+    has = {
+        "llvm": device == "cpu" and cpu.available(),
+        "triton": device == "cuda" and importlib.util.find_spec("triton") is not None,
+        "torch": True,
+    }
+    if not name:
+        return next(name for name, there in has.items() if there)
+    if name not in BACKENDS:
+        raise unknown("kernels", forced, [*BACKENDS, *SYNONYMS])
+    if not has[name]:
+        what = f"{forced!r} cannot be used on {device}"
+        raise ConfigError(what, where=VARIABLE, remedy=f"{REMEDY[name]}, or unset the variable")
+    return name

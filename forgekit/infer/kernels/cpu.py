@@ -1,0 +1,183 @@
+"""Low-bit products on CPUs, compiled at first use by LLVM: nobody needs a compiler, and no wheel is built per CPU.
+
+``llvmlite`` (a wheel on its own, and a part of numba) holds LLVM. :mod:`forgekit.infer.kernels.llvm_ternary` writes the
+loops in its language for the vector instructions that the machine has; they are compiled here and called through
+ctypes. The work is shared among the OpenMP threads that torch owns already.
+
+Arithmetic of the ternary product (BitNet b1.58, arXiv 2402.17764, section 2): with weights stored as u = code + 1 in
+{0, 1, 2} and activations rounded to q in [-127, 127], the dot product is sum(u q) - sum(q): instructions that multiply
+unsigned by signed bytes need no sign of the weight. Sums are 32-bit integers, so they do not depend on the order.
+
+A vector of W bytes holds 4 W weights, as four planes of bit pairs: byte 16 b + j of plane p belongs to column
+64 b + 16 p + j of its 4 W columns. The rounded activations are written in that order.
+
+Shapes: R rows (outputs), C columns (inputs), B batch, P packed bytes of a row, G groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgekit.infer.kernels import plain
+from forgekit.infer.kernels.llvm_grouped import GROUP, STEP, digits_bytes, digits_module, grouped_module
+from forgekit.infer.kernels.llvm_ternary import FLAVOURS, Flavour, ternary_module, token_bytes
+from forgekit.infer.kernels.llvm_text import OpenMP
+
+SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
+"""Products from which on threads are worth waking."""
+_memory = threading.local()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled function and what must live as long as it does."""
+
+    call: Callable[..., None]
+    engine: Any
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the processor can do, and where torch's threads are."""
+
+    flavours: tuple[Flavour, ...]
+    halves: bool
+    openmp: OpenMP
+
+
+def available() -> bool:
+    """Whether LLVM is installed."""
+    return importlib.util.find_spec("llvmlite") is not None
+
+
+@functools.cache
+def machine() -> Machine:
+    """The flavours this processor can run, best first."""
+    import llvmlite.binding as llvm
+
+    has = llvm.get_host_cpu_features()
+    flavours = tuple(f for f in FLAVOURS if all(has.get(need) for need in f.needs))
+    return Machine(flavours, bool(has.get("f16c") or has.get("neon")), _openmp())
+
+
+@functools.cache
+def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
+    """The ternary product for a flavour; without one for the best that passes its first test."""
+    if flavour is not None:
+        text = ternary_module(flavour, machine().openmp)
+        return flavour, _compile(text, "ternary", 5, 4)
+    return next(pair for f in machine().flavours if _right(pair := ternary(f)))
+
+
+@functools.cache
+def grouped(group: int) -> Compiled:
+    """The group-wise product for one size of group."""
+    return _compile(grouped_module(group, machine().openmp), "grouped", 4, 5)
+
+
+@functools.cache
+def digits(flavour: Flavour | None = None) -> Compiled | None:
+    """The group-wise product with byte products; None where the machine has no fitting instruction."""
+    chosen = flavour or ternary()[0]
+    return _compile(digits_module(chosen, machine().openmp), "digits", 5, 4) if chosen.whole else None
+
+
+def ternary_matmul(packed_RP: Tensor, scale_R: Tensor, x_BC: Tensor, flavour: Flavour | None = None) -> Tensor:
+    """(B, R) float32. All tensors contiguous and on the CPU, x and scale float32: the caller has seen to it."""
+    (batch, columns), rows = x_BC.shape, packed_RP.shape[0]
+    chosen, code = ternary(flavour)
+    out_BR = torch.empty(batch, rows, dtype=torch.float32)
+    threads = torch.get_num_threads() if batch * rows * columns >= SHARED_TERNARY else 1
+    code.call(
+        packed_RP.data_ptr(), scale_R.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr(),
+        _scratch(batch * (token_bytes(chosen, columns) + 8)), batch, rows, columns, threads,
+    )  # fmt: skip
+    return out_BR
+
+
+def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int) -> Tensor:
+    """(B, R) float32. All tensors contiguous and on the CPU, scale float16, x float32: the caller has seen to it."""
+    (batch, columns), rows = x_BC.shape, codes_RC.shape[0]
+    if group % 16 or not machine().halves:
+        return plain.grouped_matmul(codes_RC, scale_RG, x_BC, group)
+    out_BR = torch.empty(batch, rows, dtype=torch.float32)
+    threads = torch.get_num_threads() if batch * rows * columns >= SHARED_GROUPED else 1
+    places = (codes_RC.data_ptr(), scale_RG.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr())
+    if group == GROUP and columns % STEP == 0 and (code := digits()) is not None:
+        code.call(*places, _scratch(batch * digits_bytes(columns)), batch, rows, columns, threads)
+    else:
+        grouped(group).call(*places, batch, rows, columns, scale_RG.shape[1], threads)
+    return out_BR
+
+
+def _right(pair: tuple[Flavour, Compiled]) -> bool:
+    """A small product as plain torch has it: processors that nobody tried must not give wrong numbers."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = torch.randint(0, 3, (4, 7, 112), generator=generator, dtype=torch.uint8)
+    packed_RP, scale_R = a | b << 2 | c << 4 | d << 6, torch.rand(7, generator=generator)
+    x_BC = torch.randn(5, 430, generator=generator)
+    got_BR = ternary_matmul(packed_RP, scale_R, x_BC, pair[0])
+    return torch.equal(got_BR, plain.ternary_matmul(packed_RP, scale_R, x_BC))
+
+
+def _scratch(size: int) -> int:
+    """The address of this thread's memory for rounded activations."""
+    if getattr(_memory, "size", -1) < size:
+        _memory.size, _memory.tensor = size, torch.empty(size, dtype=torch.uint8)
+        _memory.address = _memory.tensor.data_ptr()
+    return _memory.address
+
+
+def _compile(text: str, name: str, pointers: int, numbers: int) -> Compiled:
+    """Machine code for this processor."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    host = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2, jit=True)
+    module = llvm.parse_assembly(text)
+    module.triple, module.data_layout = llvm.get_process_triple(), str(host.target_data)
+    module.verify()
+    engine = llvm.create_mcjit_compiler(module, host)
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
+    return Compiled(kind(engine.get_function_address(name)), engine)
+
+
+def _openmp() -> OpenMP:
+    """The addresses of three functions of the OpenMP library that torch has loaded; None where it has no such.
+
+    Sharing its threads costs a microsecond when they are awake; a second pool would fight the first for the cores.
+    """
+    for path in _openmp_libraries():
+        try:
+            library = ctypes.CDLL(path)
+            names = (library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads)
+        except (OSError, AttributeError):
+            continue
+        return tuple(ctypes.cast(name, ctypes.c_void_p).value for name in names)
+    return None
+
+
+def _openmp_libraries() -> list[str]:
+    """Files of OpenMP libraries: those this process has mapped where the system tells, then those beside torch."""
+    pattern = re.compile(r"/\S*lib(?:gomp|omp|iomp5)\b[^/\s]*$")
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if sys.platform == "linux" and maps.is_file() else []
+    mapped = [found.group() for line in lines if (found := pattern.search(line))]
+    beside = Path(torch.__file__).parent / "lib"
+    return list(dict.fromkeys([*mapped, *map(str, sorted(beside.glob("lib*omp*")))]))
