@@ -454,6 +454,13 @@ def test_plans_refuse_what_cannot_be(kind, values, field):
 
 
 def test_the_defaults_of_the_plans():
-    expected = {"scale": "mean", "per": "channel", "threshold": 0.5, "refit": True, "activation_bits": 8}
+    expected = {
+        "scale": "mean",
+        "per": "channel",
+        "threshold": 0.5,
+        "refit": True,
+        "activation_bits": 8,
+        "sub_norm": False,
+    }
     assert TernaryPlan().model_dump() == expected
     assert GroupPlan().model_dump() == {"bits": 8, "group": 32} and GroupPlan().top == 127

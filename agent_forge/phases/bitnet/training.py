@@ -158,9 +158,9 @@ class Workshop:
         Returns:
             ``losses`` and ``tokens`` by name.
         """
-        with SideBySide(len(pieces), side_by_side, pieces[0].train.device) as crew:
+        with SideBySide([piece.train.device for piece in pieces], side_by_side) as crew:
             made = {piece.name: agreed(lambda p=piece: _record(self._path(p.name))) for piece in pieces}
-            ready = {piece.name: self._training(piece) for piece in pieces}
+            ready = {piece.name: crew.ready(self._training(piece)) for piece in pieces}
             for piece in pieces[1:]:
                 if made[piece.name] is None:
                     crew.start(piece.name, ready[piece.name], self.context.logger, self._observer(piece))
