@@ -1,4 +1,5 @@
-# Agent Forge. `make demo` makes three models, merges them, teaches the result to think; `make test` passes the tests.
+# Agent Forge. `make demo` makes three models, merges them, teaches the result to think and makes it ternary;
+# `make test` passes the tests.
 # The first Python that really runs and is new enough (a version manager's stub may be on the path and not run);
 # else plain python3, which scripts/bootstrap.py then refuses in one line.
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -6,14 +7,14 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v python3)
 VENV    ?= .venv
 PROFILE ?= nano
-UNTIL   ?= quietstar
+UNTIL   ?= bitnet
 BIN     := $(VENV)/bin
 JOBS    ?= 2
 
 .PHONY: demo test lint bench docs clean help
 
 help:
-	@echo "make demo    make three models from nothing, merge them, teach the result to think (PROFILE=$(PROFILE))"
+	@echo "make demo    three models from nothing, merged, taught to think, made ternary (PROFILE=$(PROFILE))"
 	@echo "make test    the whole test suite, with coverage"
 	@echo "make lint    style, house limits"
 	@echo "make bench   benchmarks against peers, in an environment of their own"

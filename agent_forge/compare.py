@@ -195,8 +195,8 @@ def measure(subject: Subject, items: Items, show: Callable[[Progress], None]) ->
     from agent_forge.export.hf import check_vocabulary
     from agent_forge.merging.folders_weights import WeightFolder
     from forgekit.measure.scores import score_problems
-    from forgekit.models.base import parameter_count
     from forgekit.models.io import read_model
+    from forgekit.quant.model import logical_parameters
 
     model, tokenizer = read_model(subject.folder)
     rows = model.config.vocab_size
@@ -220,7 +220,7 @@ def measure(subject: Subject, items: Items, show: Callable[[Progress], None]) ->
     facts = {
         "model_id": subject.artifact.manifest.model_id if subject.artifact else None,
         "family": model.config.family,
-        "parameters": parameter_count(model),
+        "parameters": logical_parameters(model),
         "weight_bytes": sum(p.stat().st_size for p in WeightFolder.open(subject.folder, subject.name).weight_files),
         "vocabulary": rows,
         "format": "its own chat template or plain text" if foreign else "the house's chat format",

@@ -22,6 +22,7 @@ PHASE_CONFIGS = Registry("phase settings")
 PHASE_CONFIGS.lazy("cognate", "agent_forge.phases.cognate.config:CognateConfig")
 PHASE_CONFIGS.lazy("evomerge", "agent_forge.phases.evomerge.config:EvoMergeConfig")
 PHASE_CONFIGS.lazy("quietstar", "agent_forge.phases.quietstar.config:QuietStarConfig")
+PHASE_CONFIGS.lazy("bitnet", "agent_forge.phases.bitnet.config:BitNetConfig")
 
 
 class ModelPlan(Config):

@@ -8,7 +8,7 @@ In: :func:`read_hf_model` opens a Hugging Face folder as a model and tokenizer o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -167,6 +167,7 @@ def read_hf_tokenizer(folder: Path) -> HFTokenizer:
     Raises:
         ArtifactError: missing or corrupt, or there is only a slow one.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     remedy = "add tokenizer.json and tokenizer_config.json"
@@ -175,7 +176,7 @@ def read_hf_tokenizer(folder: Path) -> HFTokenizer:
         raise ArtifactError("no tokenizer here", where=str(folder), remedy=remedy)
     try:
         fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, StrictDataclassError) as error:
         raise ArtifactError(f"no readable tokenizer ({first_line(error)})", where=str(folder), remedy=remedy) from None
     if not getattr(fast, "is_fast", False):
         raise ArtifactError("has no fast tokenizer", where=str(folder), remedy=remedy)
@@ -183,6 +184,6 @@ def read_hf_tokenizer(folder: Path) -> HFTokenizer:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, short enough for one of ours."""
-    lines: Iterator[str] = iter(str(error).splitlines())
-    return next(lines, type(error).__name__)[:200]
+    """The first line of a library's message, with the next where it only announces that, short enough for ours."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()] or [type(error).__name__]
+    return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0])[:200]

@@ -34,7 +34,7 @@ def models(
     if as_json:
         print_json(rows)
     elif not rows:
-        say("no models yet; make some with: agent-forge run --until quietstar")
+        say("no models yet; make some with: agent-forge run --until bitnet")
     else:
         cells = [
             [r["model_id"], f"{r['parameters']:,}", f"{r['size_mb']:.2f}", r["created_at"][5:16].replace("T", " ")]
@@ -54,6 +54,7 @@ def model(
 ) -> None:
     """Show a model, or load it."""
     from forgekit.store.artifact import Artifact
+    from forgekit.store.packed import dense_copy, is_packed_folder
 
     storage = storage_of(context)
     artifact = Artifact.open(storage.resolve(ref))
@@ -66,6 +67,10 @@ def model(
     values["ancestors"] = storage.registry.ancestors(values["model_id"]) if known else values["parents"]
     values["descendants"] = storage.registry.descendants(values["model_id"]) if known else []
     values["path"], values["content_hash"] = str(artifact.path), artifact.content_hash
+    values["packed"] = is_packed_folder(artifact.path)
+    if values["packed"]:  # it runs; what trains or merges needs floats
+        copy = dense_copy(artifact.path)
+        values["dense_copy"] = str(copy) if copy else None
     if as_json:
         return print_json(values)
     skip = {"files", "losses", "metrics", "environment"}

@@ -181,7 +181,7 @@ def status(
     if as_json:
         print_json(rows)
     elif not rows:
-        say("no sessions yet; start one with: agent-forge run --until quietstar")
+        say("no sessions yet; start one with: agent-forge run --until bitnet")
     else:
         cells = [
             [

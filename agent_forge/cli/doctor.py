@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
+from typing import Any
+
+from forgekit.hub import first_line
 
 SMALLEST_MEMORY, SMALLEST_DISK = 4e9, 2e9
+_WAYS = {"cpu": "pip install agent-forge[kernels]", "cuda": "pip install triton"}
+"""What brings faster products with packed weights, by device."""
 
 
 def examine(storage: str) -> list[dict[str, str]]:
@@ -36,7 +42,42 @@ def examine(storage: str) -> list[dict[str, str]]:
         _row("disk free", readable(disk), disk < SMALLEST_DISK, "must have 2 GB for sessions; try agent-forge clean"),
         _row("matrix product", ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in speed.items()), False, ""),
         _row("training precision", "bf16" if dtype else "fp32", False, ""),
+        _kernels(manager.device),
     ]
+
+
+def _kernels(device: Any) -> dict[str, str]:
+    """What multiplies packed weights here, and how to have it faster."""
+    from forgekit.errors import ForgeError
+    from forgekit.infer import kernels
+
+    forced = os.environ.get(kernels.VARIABLE, "")
+    places = [device.type] if forced else list(dict.fromkeys(("cpu", device.type)))
+    try:
+        found = {place: kernels.backend(place) for place in places}
+    except ForgeError as error:
+        advice = f"must be changed: {error.what}; {error.remedy}"
+        return _row("ternary kernels", f"{kernels.VARIABLE}={forced}", True, advice)
+    try:
+        names = {place: _told(name) for place, name in found.items()}
+    except (ImportError, OSError, RuntimeError, StopIteration) as error:
+        result, advice = f"llvm cannot be used ({first_line(error)})", f"must be forced: set {kernels.VARIABLE}=torch"
+        return _row("ternary kernels", result, True, advice)
+    alike = len(set(names.values())) == 1
+    result = next(iter(names.values())) if alike else ", ".join(f"{name} on {place}" for place, name in names.items())
+    slow = [place for place, name in found.items() if name == "torch" and place in _WAYS]
+    way = f"unset {kernels.VARIABLE}" if forced else " and ".join(_WAYS[place] for place in slow)
+    result += ", forced" if forced else ""
+    return _row("ternary kernels", result, bool(slow), f"{way} for faster ones")
+
+
+def _told(backend: str) -> str:
+    """A backend by name; LLVM with the instructions it compiles for, which it does once to see that it can."""
+    if backend != "llvm":
+        return "plain torch" if backend == "torch" else backend
+    from forgekit.infer.kernels import cpu
+
+    return f"llvm ({cpu.ternary()[0].name})"
 
 
 def _row(check: str, result: str, bad: bool, advice: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from agent_forge.cli import (
     commands_handon,
     commands_house,
     commands_models,
+    commands_quantize,
     commands_report,
     commands_run,
     commands_serve,
@@ -22,7 +23,7 @@ from agent_forge.cli import (
 
 app = typer.Typer(
     name="agent-forge",
-    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until quietstar",
+    help="A foundry for small agents on ordinary computers. Start with: agent-forge run --until bitnet",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +40,7 @@ for module in (
     commands_serve,
     commands_handon,
     commands_bake,
+    commands_quantize,
     commands_data,
     commands_house,
 ):

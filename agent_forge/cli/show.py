@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from agent_forge.cli.shared import say, table
 
 if TYPE_CHECKING:
-    from agent_forge.dashboard.tree import Estimate, Theater, Thinking
+    from agent_forge.dashboard.tree import Estimate, Ternary, Theater, Thinking
 
 MARKS = {"improved": "[green]+[/]", "no-difference": "[yellow]=[/]", "worse": "[red]-[/]", "no-signal": "[dim]?[/]"}
 LEGEND = "[green]+[/] improved   [yellow]=[/] no difference   [red]-[/] worse   [dim]?[/] no signal: not above chance"
@@ -16,7 +16,8 @@ METRICS = {
     "nats_per_answer_token": "nats per answer token (lower is better)",
     "nats_per_token": "validation nats per predicted token (lower is better)",
     "valid_thoughts": "share of valid thoughts",
-    "skills_with_grace": "share of exact answers, 3 points of grace given",
+    "skills_with_grace": "share of exact answers, before lowered by what may be lost",
+    "bits_per_token_with_grace": "bits per token of text, before raised by what may be added (lower is better)",
     "bits_per_byte": "bits per byte of held-out text (lower is better)",
     "share of the gain lost by shuffled": "share of the gain that thoughts of other questions lose",
     "share of the gain lost by filler": "share of the gain that filler tokens lose",
@@ -30,6 +31,10 @@ METRICS = {
 SMALL = ("nats_per_token",)
 """Metrics whose changes are so small that three decimals are needed."""
 COLOURS = {"improved": "green", "no-difference": "yellow", "worse": "red", "no-signal": "dim"}
+EXPLAINED = ("perplexity", "not trained", "with grace")
+"""Words of phase 4 that are explained below its tables."""
+ROOMY = 90
+"""Columns that the table of phase 4's models takes; in fewer, their names are broken behind a comma."""
 EXAMPLES = 6
 """Example thoughts that are printed; the report has them all."""
 
@@ -77,12 +82,7 @@ def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, An
         columns = ["", "claim", "before>", "after>", "change, 95 %>", "chance>", "n>"]
         table(title, columns, [_evidence_row(e) for e in group])
     say(LEGEND)
-    levels = {model: numbers(found) for model, found in mapping(tables.get("levels")).items()}
-    if levels:
-        tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
-        rows = [[t, *(_percent(levels[m].get(t)) for m in levels)] for t in tasks]
-        columns = ["family/level", *(f"{m.replace('_', ' ')}>" for m in levels)]
-        table(f"{name}: exact answers in per cent", columns, rows)
+    _show_levels(name, {model: numbers(found) for model, found in mapping(tables.get("levels")).items()})
     histogram = tables.get("act_histogram", {})
     if histogram:
         steps = list(next(iter(histogram.values())))
@@ -91,6 +91,34 @@ def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, An
         table(f"{name}: share of tokens by recursion steps taken", columns, rows)
 
     _show_search(name, tables)
+
+
+def _show_levels(name: str, levels: dict[str, dict[str, float]]) -> None:
+    """Exact answers by level, of as many models as the terminal has room for; the others are named."""
+    if not levels:
+        return
+    tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
+    names, shown = {model: model.replace("_", " ") for model in levels}, []
+    whole = left = _width() - max(map(len, ("family/level", *tasks))) - 2
+    for model, told in names.items():
+        left -= max(map(len, [*told.split(), "100"])) + 1
+        if left < 0 and shown:
+            break
+        shown.append(model)
+    broken = sum(len(names[model]) + 1 for model in shown) > whole  # a word per line, or rich cuts words
+    heads = ["\n".join(names[model].split()) if broken else names[model] for model in shown]
+    rows = [[t, *(_percent(levels[m].get(t)) for m in shown)] for t in tasks]
+    table(f"{name}: exact answers in per cent", ["family/level!", *(f"{head}>" for head in heads)], rows)
+    rest = [told for model, told in names.items() if model not in shown]
+    if rest:
+        _plain(f"no room here for {'; '.join(rest)}: in the report", "dim")
+
+
+def _width() -> int:
+    """Columns of the terminal."""
+    from rich.console import Console
+
+    return Console().width
 
 
 def _show_search(name: str, tables: dict[str, Any]) -> None:
@@ -167,6 +195,41 @@ def show_thinking(name: str, thinking: Thinking) -> None:
         table(f"{name}: do the thoughts carry the answers? {counts and f'{counts} questions'}", columns, rows)
     if thinking.theater is not None:
         _show_theater(thinking.theater)
+
+
+def show_ternary(name: str, found: Ternary) -> None:
+    """What phase 4 measured: the verdict in a sentence, every model, what rounding and training did, what was lost.
+
+    Args:
+        name: of the phase.
+        found: as :func:`agent_forge.dashboard.ternary.ternary` reads it; prints nothing of what is not there.
+    """
+    from agent_forge.dashboard import ternary_words as told
+
+    if not found.models:
+        return
+    if said := told.verdict(found):
+        _plain(f"{name}: {said}", "bold")
+    columns = ["model!", "weights>", "times\nsmaller>", "right,\n%>", "95 %!", "perplexity>", "tokens/s>"]
+    rows = []
+    for one, (model, *cells) in zip(found.models, told.model_rows(found)):
+        broken = model.replace(", ", ",\n") if _width() < ROOMY else model
+        rows.append([broken, *cells[:2], *_shares(one.accuracy), *cells[3:]])
+    count = told.questions(found)
+    table(f"{name}: size, speed and skill{f', {count} of the report split' if count else ''}", columns, rows)
+    for line in told.rounding(found):
+        _plain(line)
+    lost = told.lost_rows(found)
+    if lost:
+        columns = [told.LOST[0], *(f"{column}>" for column in told.LOST[1:])]
+        table(f"{name}: levels that lost most, in per cent", columns, lost)
+    if line := told.lost_line(found):
+        _plain(line)
+    for what, model_id in told.outputs(found):
+        _plain(f"{what}: {model_id}")
+    for term, about in told.TERMS:
+        if term in EXPLAINED:
+            _plain(f"{term}: {about}", "dim")
 
 
 def _shares(found: Estimate | None) -> tuple[str, str]:
@@ -252,12 +315,14 @@ def _percent(value: float | None) -> str:
 
 def show_results(forge, results: dict) -> None:
     """After a run: evidence, gate, a conversation, and what to do next."""
+    from agent_forge.dashboard.ternary import ternary
     from agent_forge.dashboard.thoughts import thinking
     from agent_forge.dashboard.values import listing, mapping, text
 
     for name, result in results.items():
         show_evidence(name, [e.model_dump() for e in result.evidence], result.metrics)
         show_thinking(name, thinking(result.metrics, result.artifacts))
+        show_ternary(name, ternary(result.metrics, result.artifacts, result.evidence))
         decision = mapping(result.artifacts.get("gate"))
         if decision:
             word = "[green]passed[/]" if decision.get("passed") is True else "[red]said no[/]"

@@ -146,15 +146,16 @@ def legend(names: Sequence[tuple[int, str]], rule: str = "") -> str:
 def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, x_name: str, rule: float | None = None) -> str:
     """Lines over steps, generations or evaluations; ``rule`` is a level drawn across."""
     names = [line.name for line in lines if not line.thin]
-    body = [_grid(x, y, x_name)]
+    body = [grid(x, y, x_name)]
     if rule is not None:
-        level = _down(y, rule)
+        level = down(y, rule)
         body.append(f'<line class="line rule" x1="{LEFT}%" x2="{RIGHT}%" y1="{level:.1f}" y2="{level:.1f}"/>')
     plot = f'x="{LEFT}%" y="{TOP}" width="{RIGHT - LEFT}%" height="{BOTTOM - TOP}" viewBox="0 0 1000 1000"'
-    body.append(f'<svg {plot} preserveAspectRatio="none" overflow="visible">{"".join(map(_path(x, y), lines))}</svg>')
+    drawn = "".join(polyline(x, y, line) for line in lines)
+    body.append(f'<svg {plot} preserveAspectRatio="none" overflow="visible">{drawn}</svg>')
     for line in lines:
         if line.points and not line.thin:
-            place = f'cx="{_across(x, line.points[-1][0]):.2f}%" cy="{_down(y, line.points[-1][1]):.1f}"'
+            place = f'cx="{across(x, line.points[-1][0]):.2f}%" cy="{down(y, line.points[-1][1]):.1f}"'
             told = f"{line.name}: {words.digits(line.points[-1][1])} at {words.digits(line.points[-1][0])}"
             body.append(
                 f'<circle class="dot s{line.series % SERIES}" {place} r="4"><title>{escape(told)}</title></circle>'
@@ -162,31 +163,32 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, x_name: str,
     return svg("".join(body), f"{title}. Lines: {', '.join(names)}.", HEIGHT, "plot")
 
 
-def _path(x: Axis, y: Axis) -> Callable[[Line], str]:
-    def draw(line: Line) -> str:
-        places = " ".join(f"{1000 * x.share(a):.1f},{1000 * (1 - y.share(b)):.1f}" for a, b in line.points)
-        return f'<polyline class="line s{line.series % SERIES}{" thin" * line.thin}" points="{places}"/>'
-
-    return draw
+def polyline(x: Axis, y: Axis, line: Line) -> str:
+    """A line in a plot whose sides are 1000 units long."""
+    places = " ".join(f"{1000 * x.share(a):.1f},{1000 * (1 - y.share(b)):.1f}" for a, b in line.points)
+    return f'<polyline class="line s{line.series % SERIES}{" thin" * line.thin}" points="{places}"/>'
 
 
-def _across(x: Axis, value: float) -> float:
+def across(x: Axis, value: float) -> float:
+    """Per cent from the left of a chart."""
     return LEFT + (RIGHT - LEFT) * x.share(value)
 
 
-def _down(y: Axis, value: float) -> float:
+def down(y: Axis, value: float) -> float:
+    """Pixels from the top of a chart."""
     return BOTTOM - (BOTTOM - TOP) * y.share(value)
 
 
-def _grid(x: Axis, y: Axis, x_name: str) -> str:
+def grid(x: Axis, y: Axis, x_name: str) -> str:
+    """Rules and numbers of both axes, and what the lower one counts."""
     parts = []
     for tick in y.ticks():
-        level = _down(y, tick)
+        level = down(y, tick)
         parts.append(f'<line class=grid x1="{LEFT}%" x2="{RIGHT}%" y1="{level:.1f}" y2="{level:.1f}"/>')
         parts.append(f'<text x="{LEFT - 1.5}%" y="{level + 4:.1f}" text-anchor=end>{escape(y.label(tick))}</text>')
     for tick in x.ticks():
         anchor = "end" if tick >= x.high else "middle"
-        at = f'x="{_across(x, tick):.2f}%" y="{BOTTOM + 17}"'
+        at = f'x="{across(x, tick):.2f}%" y="{BOTTOM + 17}"'
         parts.append(f"<text {at} text-anchor={anchor}>{escape(x.label(tick))}</text>")
     parts.append(f'<text x="{RIGHT}%" y="{BOTTOM + 34}" text-anchor=end>{escape(x_name)}</text>')
     return "".join(parts)

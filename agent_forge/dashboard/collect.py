@@ -13,9 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from agent_forge.dashboard.ternary import ternary
 from agent_forge.dashboard.thoughts import conversation, thinking
-from agent_forge.dashboard.tree import Curve, Gate, Merge, Model, PhaseReport, SessionReport, Strategy
-from agent_forge.dashboard.values import listing, mapping, number, numbers, text
+from agent_forge.dashboard.tree import Curve, Merge, Model, PhaseReport, SessionReport, Strategy
+from agent_forge.dashboard.values import gate, listing, mapping, number, numbers, text
 from forgekit.errors import ArtifactError, ConfigError, DataError
 from forgekit.measure.evidence import Evidence
 from forgekit.store.artifact import MANIFEST, Artifact
@@ -185,6 +186,7 @@ def _phase(
     made = listing(artifacts.get("all_models")) or [m for m in [result.get("model")] if m]
     plan = mapping(mapping(settings.get("phases")).get(name))
     key = mapping(result.get("key"))
+    evidence = _evidence(name, listing(result.get("evidence")), notes)
     return PhaseReport(
         name=name,
         number=PHASES.index(name) + 1,
@@ -197,8 +199,8 @@ def _phase(
         names=names,
         config_hash=text(key.get("config")),
         metrics=metrics,
-        evidence=_evidence(name, listing(result.get("evidence")), notes),
-        gate=_gate(artifacts.get("gate")),
+        evidence=evidence,
+        gate=gate(artifacts.get("gate")),
         losses=_losses(events, names or _planned_names(plan)),
         tokens={text(e["data"].get("name")): n for e in events if e["kind"] == "trained" and (n := _tokens(e))},
         data=tuple(d for d in listing(artifacts.get("data")) if isinstance(d, dict)),
@@ -208,6 +210,7 @@ def _phase(
         conversation=conversation(artifacts.get("conversation")),
         merge=_merge(result, metrics, artifacts, events),
         thinking=thinking(metrics, artifacts),
+        ternary=ternary(metrics, artifacts, evidence),
     )
 
 
@@ -240,13 +243,6 @@ def _evidence(phase: str, records: Iterable[Any], notes: list[str]) -> tuple[Evi
     return tuple(found)
 
 
-def _gate(record: Any) -> Gate | None:
-    record = mapping(record)
-    if not isinstance(record.get("passed"), bool):
-        return None
-    return Gate(record["passed"], tuple(map(text, listing(record.get("reasons")))))
-
-
 def _planned_names(plan: dict[str, Any]) -> tuple[str, ...]:
     return tuple(text(mapping(one).get("name")) for one in listing(plan.get("specialists")))
 
@@ -261,6 +257,8 @@ def _losses(events: list[Event], names: tuple[str, ...]) -> tuple[Curve, ...]:
             continue
         if event["kind"] == "trunk_metrics":
             values = {"trunk": data.get("train/loss")}
+        elif event["kind"] == "bitnet_step":
+            values = {text(data.get("name")): data.get("loss")}
         elif event["kind"] == "metrics":
             values = {_of_model(k, names): v for k, v in mapping(data.get("values")).items() if _is_loss(k)}
         else:

@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 
-from agent_forge.dashboard import thoughts_words, words
+from agent_forge.dashboard import ternary_words, thoughts_words, words
 from agent_forge.dashboard.page import drawn_models, handed_on
 from agent_forge.dashboard.phase_section import fitness_cells, fitness_columns, strategies_by_name, strategy_rows
-from agent_forge.dashboard.tree import Answer, Example, Merge, PhaseReport, SessionReport, Theater, Thinking
+from agent_forge.dashboard.tree import Answer, Example, Merge, PhaseReport, SessionReport, Ternary, Theater, Thinking
 from forgekit.measure.evidence import Evidence
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|~])")
@@ -68,7 +68,7 @@ def _glance(report: SessionReport) -> str:
 def _phase(phase: PhaseReport) -> list[str]:
     about = f"{words.ABOUT.get(phase.name, '')} {words.STATES[phase.state]} {words.what(phase)}"
     parts = [f"## Phase {phase.number}: {phase.name}", safe(about.strip()), safe(phase.error)]
-    if phase.losses and not phase.thinking.one.losses:
+    if phase.losses and not phase.thinking.one.losses and not phase.ternary.losses:
         rows = [
             (words.plain(c.name), f"{c.points[-1][0]:,.0f}", *(words.digits(c.points[i][1]) for i in (0, -1)))
             for c in phase.losses
@@ -76,6 +76,7 @@ def _phase(phase: PhaseReport) -> list[str]:
         parts += ["### Training loss", table(("model", "last step", "first logged", "last logged"), rows)]
     parts += _search(phase.merge)
     parts += _thinking(phase.thinking)
+    parts += _ternary(phase.ternary)
     parts.append("### Evidence")
     for metric in dict.fromkeys(item.metric for item in phase.evidence):
         columns = ("claim", "verdict", "before → after", "change, 95 % interval", "chance", "items")
@@ -180,6 +181,31 @@ def _thought(thought: str) -> str:
     """A thought in one line, its parts joined by arrows."""
     lines = thoughts_words.thought_lines(thought)
     return code(" → ".join(lines)) if lines else ""
+
+
+def _ternary(found: Ternary) -> list[str]:
+    """What phase 4 measured: the sentence first, then the models, speed, trainings and levels."""
+    if not found.models:
+        return []
+    said, count = ternary_words.verdict(found), ternary_words.questions(found)
+    parts = [f"**{safe(said)}**"] if said else []
+    glance = [f"{head}: {moved}" for head, moved in ternary_words.glance(found) if moved]
+    parts += [items(glance), "### Size, speed and skill", f"{count}, report split." if count else ""]
+    rows = [
+        [*cells, ternary_words.meaning(found, one)] for one, cells in zip(found.models, ternary_words.model_rows(found))
+    ]
+    parts += [table((*ternary_words.MODELS, "what it is"), rows)]
+    parts += [items([f"{term}: {about}" for term, about in ternary_words.TERMS])]
+    lines, losses = ternary_words.rounding(found), ternary_words.loss_rows(found)
+    if lines or losses:
+        parts += ["### What rounding took, what training brought back", items(lines)]
+        parts += [table(ternary_words.LOSSES, losses)] if losses else []
+    rows, told = ternary_words.lost_rows(found), ternary_words.lost_line(found)
+    if told:
+        parts += ["### Levels that lost most right answers, in per cent", f"{told} {ternary_words.LOST_ABOUT}"]
+        parts += [table(ternary_words.LOST, rows)] if rows else []
+    rows = [*ternary_words.facts(found), *ternary_words.outputs(found)]
+    return parts + (["### Further numbers", table(("", ""), rows)] if rows else [])
 
 
 def _lineage(report: SessionReport) -> str:

@@ -11,6 +11,7 @@ from html import escape
 from agent_forge.dashboard import charts, words
 from agent_forge.dashboard.phase_section import phase_section
 from agent_forge.dashboard.style import CSS
+from agent_forge.dashboard.ternary_words import summary
 from agent_forge.dashboard.thoughts_section import thought_block
 from agent_forge.dashboard.thoughts_words import ANSWERS, judgement
 from agent_forge.dashboard.tree import Answer, Model, PhaseReport, SessionReport
@@ -88,6 +89,7 @@ def _gate(phase: PhaseReport) -> str:
     lacking = "".join(f"<li>{escape(line)}</li>" for line in words.refusals(phase))
     theater = phase.thinking.theater
     judged = f"<p class=soft>{escape(judgement(theater)[2])}</p>" if theater else ""
+    judged += f"<p class=soft>{escape(short)}</p>" if (short := summary(phase.ternary)) else ""
     return f"<li>{head} {state}{f'<ul>{lacking}</ul>' if lacking else ''}{judged}</li>"
 
 

@@ -7,6 +7,7 @@ from html import escape
 
 from agent_forge.dashboard import charts, words
 from agent_forge.dashboard.charts import Axis, Line
+from agent_forge.dashboard.ternary_section import ternary_section
 from agent_forge.dashboard.thoughts_section import thinking_section
 from agent_forge.dashboard.tree import Curve, Merge, PhaseReport, Strategy
 from forgekit.measure.evidence import Evidence
@@ -33,6 +34,7 @@ def phase_section(phase: PhaseReport) -> str:
         _training(phase),
         _search(phase.merge),
         thinking_section(phase.thinking),
+        ternary_section(phase.ternary),
         evidence_tables(phase),
         levels_table(phase),
         _halting(phase.halting),
@@ -49,7 +51,7 @@ def heading(name: str, about: str = "") -> str:
 def _training(phase: PhaseReport) -> str:
     """The trunk beside what was branched from it: their losses are of different data, so they share no axis."""
     losses = phase.losses
-    if not losses or phase.thinking.one.losses:  # drawn with the step they belong to
+    if not losses or phase.thinking.one.losses or phase.ternary.losses:  # drawn with the step they belong to
         return ""
     groups = [[c for c in losses if c.name == "trunk"], [c for c in losses if c.name != "trunk"]]
     titles = ("Trunk: training loss", "Branched models: training loss")

@@ -106,7 +106,7 @@ svg text { fill: var(--soft); font-size: 11.5px; font-family: inherit; }
 .s4 { --c: var(--s4); }
 .s5 { --c: var(--s5); }
 .line.s1 { stroke-dasharray: 8 4; } .line.s2 { stroke-dasharray: 2 4; } .line.s3 { stroke-dasharray: 10 3 2 3; }
-.line.s4 { stroke-dasharray: 14 4; } .line.s5 { stroke-dasharray: 5 2 1 2 1 2; }
+.line.s4 { stroke-dasharray: 14 4; } .line.s5 { stroke-dasharray: 7 5 1 5 1 5; }
 .line.rule { --c: var(--bad); stroke-dasharray: 3 3; stroke-width: 1.6; }
 .track { fill: var(--track); } .fill { fill: var(--c); }
 .mark line { stroke: var(--tone); stroke-width: 2.4; } .mark circle { fill: var(--tone); }
@@ -155,6 +155,19 @@ svg text { fill: var(--soft); font-size: 11.5px; font-family: inherit; }
 .span line { stroke: var(--ink); stroke-width: 2; }
 .controls th small, .measures th small { display: block; font-weight: 400; color: var(--soft); line-height: 1.3; }
 .controls .draw { width: 32%; } .controls .fill { opacity: .65; } .alone { max-width: 620px; }
+.terms { margin: 0; font-size: .88rem; color: var(--soft); display: grid; gap: .45em; align-content: start; }
+.terms dt { display: inline; font-weight: 600; color: var(--ink); } .terms dt::after { content: ": "; }
+.terms dd { display: inline; margin: 0; }
+.tiles.plain { margin-top: 14px; } .tiles.plain li { --tone: var(--ink); --tint: var(--track); }
+.measures .lead > * { font-weight: 600; } .measures .lead > th { color: var(--accent); }
+.measures .draw { width: 40%; }
+.roomy { max-width: 760px; }
+.smalls { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 200px), 1fr)); gap: 14px 22px;
+  margin-top: .8em; }
+.small figcaption { font-size: .86rem; font-weight: 500; margin: 0; } .small .line { stroke-width: 1.8; }
+.small .dot { stroke-width: 1.8; }
+.spot line { stroke: var(--c); stroke-width: 1.8; } .spot circle { fill: var(--c); }
+.spots text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; } .spot text { fill: var(--ink); }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .86em; }
 pre { background: var(--track); padding: 12px 16px; border-radius: 10px; overflow-x: auto; margin: .6em 0; }
 code { overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
@@ -185,6 +198,7 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 40px; }
   pre { white-space: pre-wrap; } td.n, th.n { padding-right: 9px; }
   .thought { margin-left: .4em; margin-right: .4em; } .judged li { flex-direction: column; gap: 0; }
   .judged li .verdict { flex: none; } .controls .empty { display: none; }
+  .measures .empty { display: none; }
   .asked { margin-right: 1em; } .said { margin-left: 1em; }
 }
 @media print { body { background: #fff; } section { box-shadow: none; break-inside: avoid-page; }

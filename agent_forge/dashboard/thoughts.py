@@ -18,7 +18,7 @@ from agent_forge.dashboard.tree import (
     Theater,
     Thinking,
 )
-from agent_forge.dashboard.values import flag, listing, mapping, number, numbers, points, text
+from agent_forge.dashboard.values import count, estimate, flag, listing, mapping, numbers, points, text
 from forgekit.data.tokenizer import THINKING
 
 OPEN, CLOSE = THINKING[:2]
@@ -66,21 +66,12 @@ def segments(thought: str) -> list[tuple[str, str]]:
     return [(name, said) for name, said in pairs if name or said]
 
 
-def _estimate(record: Any, value: str = "value", low: str = "low", high: str = "high") -> Estimate | None:
-    """None where the value is missing; an interval with one end is none."""
-    found = [number(mapping(record).get(key)) for key in (value, low, high)]
-    if found[0] is None:
-        return None
-    return Estimate(found[0]) if None in found else Estimate(*found)
-
-
 def _condition(row: dict[str, Any]) -> Condition:
-    count = number(row.get("n"))
     return Condition(
         name=text(row.get("condition")),
-        accuracy=_estimate(row, "accuracy") or Estimate(None),
-        lost=_estimate(row, "lost", "lost_low", "lost_high"),
-        n=None if count is None else int(count),
+        accuracy=estimate(row, "accuracy") or Estimate(None),
+        lost=estimate(row, "lost", "lost_low", "lost_high"),
+        n=count(row.get("n")),
         meaning=text(row.get("meaning")),
     )
 
@@ -91,8 +82,8 @@ def _theater(record: dict[str, Any]) -> Theater | None:
     return Theater(
         detected=flag(record.get("detected")),
         reasons=tuple(text(reason) for reason in listing(record.get("reasons"))),
-        power=_estimate(record.get("predictive_power")),
-        correlation=_estimate(record.get("correlation")),
+        power=estimate(record.get("predictive_power")),
+        correlation=estimate(record.get("correlation")),
         note=text(mapping(record.get("correlation")).get("note")),
     )
 

@@ -193,6 +193,66 @@ class Thinking:
 
 
 @dataclass(frozen=True)
+class Sized:
+    """One model of phase 4: what it takes and what it can do; None where that was not measured.
+
+    Attributes:
+        bytes: of its weights on disk; ratio: how many times smaller that is than the parent.
+        accuracy: share of right answers; n: questions.
+        perplexity: per token of held-out text.
+        rate: tokens per second, one row; blocks: the rates it is the median of.
+    """
+
+    name: str
+    bytes: float | None = None
+    ratio: float | None = None
+    accuracy: Estimate | None = None
+    n: int | None = None
+    perplexity: float | None = None
+    rate: float | None = None
+    blocks: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """What phase 4 leaves besides evidence; empty where the phase has none.
+
+    Attributes:
+        models: in the order recorded.
+        parent, made, rounded: names of the model that was made small, of what the phase made of it, and of the same
+            without training; empty where there is none.
+        trained: whether what it made was trained after rounding; None where that was not recorded.
+        skilled: False where the parent was not shown to be above chance, so that there is nothing to keep.
+        losses: training to loss by step, as logged: one value per step.
+        select: model to right answers on the split that chose.
+        recovery: ``skills`` and ``perplexity``: share of what rounding lost that training brought back.
+        levels: model to ``family/level`` to accuracy.
+        facts: further numbers by their names in the metric catalogue.
+        packed, dense: ids of the packed model and of its float copy, which is handed on.
+        gate: what was decided.
+    """
+
+    models: tuple[Sized, ...] = ()
+    parent: str = ""
+    made: str = ""
+    rounded: str = ""
+    trained: bool | None = None
+    skilled: bool = True
+    losses: dict[str, Points] = field(default_factory=dict)
+    select: dict[str, float] = field(default_factory=dict)
+    recovery: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    packed: str = ""
+    dense: str = ""
+    gate: Gate | None = None
+
+    def model(self, name: str) -> Sized | None:
+        """The model of that name, if there is one."""
+        return next((one for one in self.models if one.name == name), None) if name else None
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """One phase of the session.
 
@@ -226,6 +286,7 @@ class PhaseReport:
     conversation: tuple[Answer, ...] | None = None
     merge: Merge = Merge()
     thinking: Thinking = Thinking()
+    ternary: Ternary = Ternary()
 
 
 @dataclass(frozen=True)

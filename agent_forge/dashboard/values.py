@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from typing import Any
 
-from agent_forge.dashboard.tree import Points
+from agent_forge.dashboard.tree import Estimate, Gate, Points
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -20,10 +20,10 @@ def listing(value: Any) -> list[Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None; true and false are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite number, or None; true and false are no numbers, nor is an integer that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    return value if abs(value) <= sys.float_info.max else None  # not a number compares as false
 
 
 def flag(value: Any) -> bool | None:
@@ -45,3 +45,25 @@ def points(value: Any) -> Points:
     """Pairs of step and value in the order of the steps; anything else in the list is left out."""
     pairs = [[number(one) for one in listing(pair)] for pair in listing(value)]
     return tuple(sorted((pair[0], pair[1]) for pair in pairs if len(pair) == 2 and None not in pair))
+
+
+def count(value: Any) -> int | None:
+    """A finite number as a whole one, or None."""
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def estimate(record: Any, value: str = "value", low: str = "low", high: str = "high") -> Estimate | None:
+    """None where the value is missing; an interval with one end is none."""
+    found = [number(mapping(record).get(key)) for key in (value, low, high)]
+    if found[0] is None:
+        return None
+    return Estimate(found[0]) if None in found else Estimate(*found)
+
+
+def gate(record: Any) -> Gate | None:
+    """A gate's decision; None where it was not recorded."""
+    record = mapping(record)
+    if flag(record.get("passed")) is None:
+        return None
+    return Gate(record["passed"], tuple(map(text, listing(record.get("reasons")))))

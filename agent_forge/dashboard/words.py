@@ -20,7 +20,8 @@ VERDICTS = {
 
 METRICS = {
     "exact_match": ("share of exact answers", "share"),
-    "skills_with_grace": ("share of exact answers, 3 points of grace given", "share"),
+    "skills_with_grace": ("share of exact answers, before lowered by what may be lost", "share"),
+    "bits_per_token_with_grace": ("bits per token of text, before raised by what may be added", "less"),
     "valid_thoughts": ("share of valid thoughts", "share"),
     "accuracy": ("share of exact answers", "share"),
     "share of the gain lost by shuffled": ("share of the gain lost by shuffled thoughts", "share"),
@@ -52,6 +53,11 @@ ABOUT = {
         "checked; step 2 rewards thoughts that make the text after them likelier (Quiet-STaR). Then the same questions "
         "are asked with thoughts, without, and with thoughts that cannot help: only a gain that those controls lose "
         "counts as thinking."
+    ),
+    "bitnet": (
+        "The model is made small: the weights of its linear maps become −1, 0 or 1 times a scale (BitNet; or eight or "
+        "four bits, where that was asked for), embedding and head a few bits each. Rounding alone is measured first; "
+        "where it costs too much, the model is trained on with the rounding in place to get its skills back."
     ),
 }
 STATES = {
@@ -138,7 +144,7 @@ def _minus(shown: str) -> str:
 
 def percent(share: float | None) -> str:
     """A share in whole per cent."""
-    return NOTHING if share is None else f"{100 * share:.0f} %"
+    return NOTHING if share is None else _minus(f"{100 * share:.0f} %")
 
 
 def size(count: float | None) -> str:

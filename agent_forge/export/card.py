@@ -30,6 +30,7 @@ class CardFacts:
         rounded: largest change of a weight by the change of type.
         values: numbers in all tensors, buffers included.
         weights: weight files with their bytes.
+        packed: what was done to a source whose weights were packed; empty where they were not.
     """
 
     name: str
@@ -44,6 +45,7 @@ class CardFacts:
     rounded: float
     values: int
     weights: dict[str, int]
+    packed: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -52,6 +54,7 @@ def model_card(facts: CardFacts) -> str:
         _front_matter(facts),
         f"# {facts.name}",
         _summary(facts),
+        *([f"{facts.packed}."] if facts.packed else []),
         "## Size",
         _size(facts),
         "## Lineage",
@@ -72,7 +75,8 @@ def hf_card(facts: CardFacts, before: str) -> str:
     """The card of a converted checkpoint: what it said before, and how this copy was made."""
     head = before.rstrip() or f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {facts.name}"
     made = f"## This copy\n\nWritten by `agent-forge export` {__version__}."
-    return "\n\n".join([head, made, _size(facts), *_rounding(facts)]) + "\n"
+    told = [f"{facts.packed}."] if facts.packed else []
+    return "\n\n".join([head, made, *told, _size(facts), *_rounding(facts)]) + "\n"
 
 
 def claims(evidence: dict[str, Any] | list[Any] | None) -> list[Evidence]:
@@ -93,7 +97,7 @@ def _front_matter(facts: CardFacts) -> str:
     tags = ["agent-forge", facts.config["model_type"]]
     tags += [*manifest.metadata.get("tags", []), manifest.phase_name] if manifest else []
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)]
+    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags) if not (facts.packed and tag == "packed")]
     if manifest and manifest.parents:
         lines.append("# Names within the session that made them: give their repositories when you publish them too.")
         lines += ["base_model:", *(f"- {json.dumps(parent)}" for parent in manifest.parents)]
@@ -193,7 +197,9 @@ def _evidence(facts: CardFacts) -> str:
     if rest:
         parts += ["Measured beside it, about its parents or the other models of its phase:"] if own else []
         parts.append(_table(rest))
-    if facts.stored != {facts.dtype}:
+    if facts.packed:
+        parts.append("Measured on the packed source, not on this copy.")
+    elif facts.stored != {facts.dtype}:
         parts.append(f"Measured with weights in {' and '.join(sorted(facts.stored))}, not with the {facts.dtype} here.")
     return "\n\n".join(parts)
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agent_forge.merging.folders_weights import WeightFolder
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.config import GPTConfig
+from forgekit.store.packed import says_packed, way_to_dense
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +91,6 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
         ConfigError: names the setting.
     """
     kind = config.get("model_type")
-    if config.get("forge_quantization"):
-        what = "the weights are packed (forge_quantization), and llama.cpp rounds activations otherwise"
-        raise _refused(source, what, "export the dequantised model beside it, with --dtype tq2_0 if it is ternary")
     if kind == "gpt":
         _check_gpt(_gpt_config(config, source), source)
     elif kind == "llama":
@@ -101,6 +99,9 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
         what = f"model type {kind!r} has no exact place in llama.cpp here"
         remedy = "export a gpt or Llama-type model, or use --format hf (llama.cpp converts further types from there)"
         raise _refused(source, what, remedy)
+    if says_packed(config):
+        what = "the weights are packed, and llama.cpp rounds activations otherwise"
+        raise _refused(source, what, f"{way_to_dense(source)}; export that, with --dtype tq2_0 if it is ternary")
 
 
 def _refused(source: Path, what: str, remedy: str) -> ConfigError:

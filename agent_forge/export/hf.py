@@ -1,4 +1,5 @@
-"""Export to the Hugging Face layout: a folder that transformers loads, with agent-forge or without.
+"""Export to the Hugging Face layout: a folder that transformers loads, with agent-forge or without. Packed models are
+written as the plain ones they stand for.
 
 Weights are read and written tensor by tensor, so memory holds one of them at a time. The folder is written under
 another name and appears by one rename: it is complete or absent.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from agent_forge.export.card import CardFacts, hf_card, model_card
+from agent_forge.export.dequantise import plain_source
 from agent_forge.export.remote_code import AUTO_MAP, bundle
 from agent_forge.merging.folders import COMPANIONS
 from agent_forge.merging.folders_weights import (
@@ -76,12 +78,14 @@ class Job:
         plan: as given.
         folder: the source.
         shards: the files to write.
+        packed: what to tell where the source is packed and ``folder`` a plain copy of it; empty where it is not.
         rounded: largest change of a value by storing it in another type; filled while writing.
     """
 
     plan: ExportPlan
     folder: WeightFolder
     shards: list[Shard]
+    packed: str = ""
     rounded: float = field(default=0.0)
 
     @property
@@ -112,9 +116,16 @@ def export_hf(plan: ExportPlan, show: Show | None = None) -> dict[str, Any]:
         ResourceError: the disk is full or may not be written to.
     """
     began = time.perf_counter()
-    job = prepare(plan)
+    check_ends(plan)
+    with plain_source(plan.source, plan.output) as (folder, note):
+        return {**_exported(_job(plan, folder, note), show), "seconds": time.perf_counter() - began}
+
+
+def _exported(job: Job, show: Show | None) -> dict[str, Any]:
+    """Write the result; what was written."""
+    plan = job.plan
     require_free(plan.output, job.bytes + _companion_bytes(job.folder.path) + _SPARE, "the export")
-    origin = _origin(job.folder)
+    origin = _origin(job)
 
     def fill(work: Path) -> None:
         _write_weights(job, work, show)
@@ -135,23 +146,35 @@ def export_hf(plan: ExportPlan, show: Show | None = None) -> dict[str, Any]:
         "largest_rounding": job.rounded,
         "bytes": sum(files.values()),
         "files": files,
-        "seconds": time.perf_counter() - began,
+        "notes": [job.packed] if job.packed else [],
     }
 
 
 def prepare(plan: ExportPlan) -> Job:
-    """Check everything that needs no weights; raises as :func:`export_hf`."""
+    """Check everything that needs no weights, of a source that is not packed; raises as :func:`export_hf`."""
+    check_ends(plan)
+    return _job(plan, WeightFolder.open(plan.source, plan.source.name))
+
+
+def check_ends(plan: ExportPlan) -> None:
+    """The target is free, and a source with a manifest is what its manifest says.
+
+    Raises:
+        ArtifactError: it is not.
+    """
     if os.path.lexists(plan.output):
         raise ArtifactError("exists already", where=str(plan.output), remedy="choose another folder or remove this one")
     if (plan.source / MANIFEST).is_file():
         Artifact.open(plan.source)  # reads every file: a damaged model must not be handed on
-    folder = WeightFolder.open(plan.source, plan.source.name)
+
+
+def _job(plan: ExportPlan, folder: WeightFolder, packed: str = "") -> Job:
     if folder.ours:
         _check_ours(folder)
     else:
         _check_theirs(folder, plan)
     tensors = {name: (_stored_as(place, plan), place.shape) for name, place in folder.tensors.items()}
-    return Job(plan, folder, make_shards(tensors, plan.max_shard_bytes))
+    return Job(plan, folder, make_shards(tensors, plan.max_shard_bytes), packed)
 
 
 def _stored_as(place: Stored, plan: ExportPlan) -> str:
@@ -289,11 +312,13 @@ def _facts(job: Job, origin: dict[str, Any], work: Path) -> CardFacts:
         rounded=job.rounded,
         values=job.folder.parameters,
         weights={shard.name: (work / shard.name).stat().st_size for shard in job.shards},
+        packed=job.packed,
     )
 
 
-def _origin(folder: WeightFolder) -> dict[str, Any]:
+def _origin(job: Job) -> dict[str, Any]:
     """What the export was made from; an exported folder passes on what it was told."""
+    folder = job.folder
     if folder.artifact is None:
         told = folder.config.get(ORIGIN)
         return told if isinstance(told, dict) else {}
@@ -305,6 +330,7 @@ def _origin(folder: WeightFolder) -> dict[str, Any]:
         "made_with": manifest.code_version,
         "exported_with": __version__,
         "exported_at": utc_text(),
+        **({"unpacked": True} if job.packed else {}),
     }
 
 

@@ -26,6 +26,7 @@ from forgekit.errors import ArtifactError
 from forgekit.models.config import MODEL_CONFIGS
 from forgekit.store.artifact import MANIFEST, Artifact
 from forgekit.store.fsio import disk_errors, sha256_file, sync_file
+from forgekit.store.packed import refuse_packed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,7 +196,12 @@ class WeightFolder:
         return vocabulary_fingerprint(self.path)
 
     def candidate(self) -> Candidate:
-        """What can be checked before reading weights."""
+        """What can be checked before reading weights.
+
+        Raises:
+            ArtifactError: they are packed: codes cannot be averaged.
+        """
+        refuse_packed(self.path, "merged")
         shapes = {name: place.shape for name, place in self.tensors.items()}
         return Candidate(self.name, self.config, shapes, self.tokenizer, self.artifact and self.artifact.manifest)
 
@@ -237,12 +243,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """``config.json``; as :func:`forgekit.models.io.read_config`, whose module loads torch."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         remedy = "give an artifact or Hugging Face folder"
         raise ArtifactError("no model here", where=str(path), remedy=remedy) from None
     except ValueError as error:
         raise ArtifactError(f"unreadable ({error})", where=str(path), remedy="restore the artifact") from None
+    if not isinstance(values, dict):
+        raise ArtifactError("is no JSON object", where=str(path), remedy="restore the artifact")
+    return values
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:

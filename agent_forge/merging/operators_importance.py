@@ -119,12 +119,15 @@ def measure(folder: Path, families: Sequence[str], config: MeasureConfig) -> dic
     """Importances of one of our models, measured on problems; see :func:`empirical_fisher`.
 
     Raises:
-        ArtifactError: not a model of one of our families: only their tokenizers know the problems' tokens.
+        ArtifactError: not a model of one of our families: only their tokenizers know the problems' tokens; or its
+            weights are packed and have no gradients.
         DataError: no problem fits the model's context.
     """
     from forgekit.models.config import MODEL_CONFIGS
     from forgekit.models.io import read_config, read_model
+    from forgekit.store.packed import refuse_packed
 
+    refuse_packed(folder, "differentiated")
     kind = read_config(folder).get("model_type", "unknown")
     if kind not in MODEL_CONFIGS:
         what = f"model_type {kind!r} is not one of ours: {MEASURE} measures importances on those only"

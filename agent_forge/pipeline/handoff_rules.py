@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from agent_forge.merging.check import DIVERGED, check_finite
-from agent_forge.pipeline.handoff import Case, is_number
+from agent_forge.pipeline.handoff import RELEASE, Case, is_number
 from agent_forge.pipeline.handoff_subject import MISSING, Shape, Subject
 from forgekit.errors import ArtifactError
 
@@ -99,6 +99,13 @@ def _alike(case: Case, subject: Subject, other: str, shape: Shape) -> None:
     silent = [part for part in ("family", "width", "layers", "vocabulary") if part not in subject.shape]
     if silent:
         case.note(f"{subject.name}: {' and '.join(silent)}, which its config.json does not state")
+
+
+def trainable(case: Case) -> None:
+    """Weights that a phase can train; a release may be packed."""
+    for subject in case.subjects if case.contract.target != RELEASE else ():
+        if subject.dense:
+            case.refuse(subject.name, "its weights are packed: it can be run, not trained", subject.dense, "structure")
 
 
 def metadata(case: Case) -> None:
@@ -195,6 +202,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     size,
     architecture,
     ancestry,
+    trainable,
     metadata,
     distinct,
     thresholds,

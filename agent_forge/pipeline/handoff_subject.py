@@ -13,6 +13,7 @@ from forgekit.errors import ArtifactError
 from forgekit.models.io import read_config
 from forgekit.store.artifact import Artifact, Manifest
 from forgekit.store.fsio import disk_errors
+from forgekit.store.packed import says_packed, way_to_dense
 from forgekit.store.storage import ModelStorage
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Subject:
         tensors: reads the weights one by one.
         known: whether a missing entry counts; not for models of elsewhere and stand-ins.
         parents: shape by id of the models it was made from; None where one is no longer there.
+        dense: what to do for a model to train, where the weights of this one are packed; empty where they are not.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Subject:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     known: bool = True
     parents: Mapping[str, Shape | None] | None = None
+    dense: str = ""
 
     def entry(self, key: str) -> Any:
         """A metadata entry, looked up among the metrics too; :data:`MISSING` if there is none."""
@@ -109,7 +112,8 @@ def of_folder(path: Path, name: str, metadata: Mapping[str, Any] | None = None) 
     known = metadata is not None or (manifest is not None and phase_of(manifest) != EXTERNAL)
     parameters = manifest.parameters if manifest else opened.parameters
     label = manifest.model_id if manifest else name
-    return Subject(label, str(path.resolve()), own, parameters, size, shape, tensors, known)
+    dense = way_to_dense(path) if says_packed(opened.config) else ""
+    return Subject(label, str(path.resolve()), own, parameters, size, shape, tensors, known, dense=dense)
 
 
 def of_stored(storage: ModelStorage, ref: str) -> Subject:
@@ -134,8 +138,11 @@ def _stored_shape(storage: ModelStorage, model_id: str) -> Shape | None:
 
 
 def of_model(model: nn.Module, name: str, metadata: Mapping[str, Any]) -> Subject:
-    """A loaded model; its size is that of its parameters as they are held."""
-    parameters: Sequence[Tensor] = list(model.parameters())
+    """A loaded model; its size is that of its parameters as they are held, in a packed one of all that is stored."""
+    from forgekit.quant.model import is_packed, logical_parameters
+
+    packed = is_packed(model)
+    held: Sequence[Tensor] = list(model.state_dict().values() if packed else model.parameters())
     config = getattr(model, "config", None)
     values = config.model_dump() if hasattr(config, "model_dump") else config.to_dict() if config is not None else {}
     if "architecture" in values:  # a Hugging Face model in the house's clothes: its family is the architecture
@@ -148,8 +155,9 @@ def of_model(model: nn.Module, name: str, metadata: Mapping[str, Any]) -> Subjec
         name=str(metadata.get("model_id", name)),
         key=f"object {id(model)}",
         metadata=metadata,
-        parameters=sum(one.numel() for one in parameters),
-        size_mb=sum(one.numel() * one.element_size() for one in parameters) / 1e6,
+        parameters=logical_parameters(model),
+        size_mb=sum(one.numel() * one.element_size() for one in held) / 1e6,
         shape=shape_of(values),
         tensors=tensors,
+        dense="hand over its dense copy" if packed else "",
     )

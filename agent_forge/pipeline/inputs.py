@@ -19,6 +19,7 @@ from forgekit.models.io import read_config, read_model
 from forgekit.registry import unknown
 from forgekit.store.artifact import MANIFEST, Artifact
 from forgekit.store.names import PHASES
+from forgekit.store.packed import refuse_packed
 from forgekit.store.storage import ModelStorage
 
 
@@ -50,9 +51,10 @@ def find_input(storage: ModelStorage, ref: str) -> Input:
     """The model that ``ref`` means: an id, its beginning, a name, or a folder, ours or Hugging Face's.
 
     Raises:
-        ArtifactError: no such model, or the folder holds none.
+        ArtifactError: no such model, the folder holds none, or its weights are packed: phases train.
     """
     path = storage.resolve(Path(ref).expanduser() if ref.startswith("~") else ref).absolute()
+    refuse_packed(path, "trained")
     if not (path / MANIFEST).is_file():
         read_config(path)
         return Input(str(path), EXTERNAL)

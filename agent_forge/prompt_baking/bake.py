@@ -28,6 +28,7 @@ from forgekit.errors import ConfigError
 from forgekit.infer.engine import Engine
 from forgekit.models.base import Loss, supervised_positions
 from forgekit.models.hidden import check_head, hidden
+from forgekit.models.unpacked import check_plain
 from forgekit.train.loop import StepInfo, Trainer
 from forgekit.train.setup import training_device
 
@@ -177,7 +178,8 @@ def bake_prompt(
     Raises:
         ConfigError: no prompt, an empty one, or several without mode ``sequential``; a target that fits nothing.
         DataError: prompt, context and answer are longer than the model's context; too few contexts.
-        ArtifactError: the chat template cannot be asked without a system prompt, or the model's head stands not alone.
+        ArtifactError: the chat template cannot be asked without a system prompt, or the model's head stands not alone;
+            its weights are packed.
         ResourceError: peft is not installed, or memory is too small.
         TrainingError: diverged in spite of lower rates.
     """
@@ -186,6 +188,7 @@ def bake_prompt(
     if not prompts or (len(prompts) > 1 and config.mode != "sequential"):
         remedy = "use mode sequential for several" if prompts else "give the text to bake"
         raise ConfigError(f"{len(prompts)} prompts in mode {config.mode}", where="prompt", remedy=remedy)
+    check_plain(model)
     sides = sides_of(model, tokenizer)
     chosen = _contexts(contexts, config, sides, prompts)
     check_head(model)

@@ -26,6 +26,7 @@ from forgekit.models.io import read_model, write_model
 from forgekit.store.artifact import EVIDENCE, MANIFEST, Artifact, ArtifactExtras, Manifest, write_artifact
 from forgekit.store.fsio import write_folder
 from forgekit.store.names import new_model_id, utc_text
+from forgekit.store.packed import refuse_packed
 from forgekit.train.setup import training_device
 from forgekit.version import __version__
 
@@ -63,6 +64,7 @@ def bake_folder(plan: BakePlan, show: Show | None = None) -> dict[str, Any]:
     """
     if os.path.lexists(plan.output):
         raise ArtifactError("exists already", where=str(plan.output), remedy="choose another output folder")
+    refuse_packed(plan.source, "trained")
     artifact = Artifact.open(plan.source) if (plan.source / MANIFEST).is_file() else None
     model, tokenizer = read_model(plan.source)
     model.to(training_device(plan.bake.device))

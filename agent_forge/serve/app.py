@@ -42,6 +42,7 @@ from agent_forge.serve.protocol import (
 from forgekit.compute.device import detect_device
 from forgekit.config import Config
 from forgekit.errors import ConfigError, ForgeError, ResourceError
+from forgekit.infer import kernels
 from forgekit.infer.batcher import (
     BatchConfig,
     Batcher,
@@ -59,6 +60,7 @@ from forgekit.infer.engine import Engine
 from forgekit.infer.sampling import SamplingConfig
 from forgekit.infer.thinking import NoThoughts
 from forgekit.models.io import read_model
+from forgekit.quant.model import is_packed
 
 GLANCE = 0.25
 """Seconds between two looks at whether a waiting client is still there."""
@@ -123,7 +125,7 @@ def load_engines(models: Models, device: str) -> dict[str, Engine]:
 
     Raises:
         ArtifactError: a folder holds no readable model.
-        ConfigError: no model at all, or the device cannot be used.
+        ConfigError: no model at all, the device cannot be used, or AGENT_FORGE_KERNELS names what is not there.
     """
     if isinstance(models, str | Path):
         models = {Path(models).absolute().name: models}
@@ -134,6 +136,8 @@ def load_engines(models: Models, device: str) -> dict[str, Engine]:
     for name, source in models.items():
         if not isinstance(source, Engine):
             model, tokenizer = read_model(Path(source))
+            if is_packed(model):
+                kernels.backend(place)  # a forced one that is not there is told now, not to the first client
             source = Engine(model.to(place), tokenizer)
         engines[name] = source
     return engines

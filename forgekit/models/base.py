@@ -70,7 +70,11 @@ class CausalLM(Protocol):
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Trainable numbers in the model; tied tensors count once."""
+    """Parameters as torch counts them; tied tensors count once.
+
+    The codes of a packed model are none of torch's parameters: :func:`forgekit.quant.model.logical_parameters` counts
+    the numbers of any model.
+    """
     return sum(p.numel() for p in model.parameters())
 
 

@@ -46,10 +46,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(config.d_model), RMSNorm(config.d_model)
         self.attn, self.ffn = Attention(shape), FeedForward(config.d_model, config.ffn_hidden)
 
-    def forward(self, x_BTD, pos_BT, state, lengths_B):
-        out, state = self.attn(self.norm1(x_BTD), pos_BT, state, lengths_B)
+    def forward(self, x_BTD, pos_BT, state, lengths_B, turn=None):
+        out, state = self.attn(x_BTD, pos_BT, state, lengths_B, turn, self.norm1)
         x_BTD = x_BTD + out
-        return x_BTD + self.ffn(self.norm2(x_BTD)), state
+        return x_BTD + self.ffn(x_BTD, self.norm2), state
 
 
 class GPT(nn.Module):
@@ -73,9 +73,10 @@ class GPT(nn.Module):
         """Normalised hidden states (B, T, D) and the state after each row's last real token."""
         pos_BT, lengths = positions(ids_BT, state, lengths_B)
         x_BTD = self.embedding.embed(ids_BT)
+        turn = self.blocks[0].attn.turns(pos_BT)
         layers = []
         for i, block in enumerate(self.blocks):
-            args = (x_BTD, pos_BT, state.layers[i] if state else None, lengths_B)
+            args = (x_BTD, pos_BT, state.layers[i] if state else None, lengths_B, turn)
             if self.checkpoint_activations and self.training:
                 x_BTD, layer = checkpoint(block, *args, use_reentrant=False)
             else:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -75,6 +76,10 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        if getattr(config, "forge_quantization", None) is not None:
+            what = "its weights are packed: transformers cannot run it"
+            remedy = "open it with forgekit.models.io.read_model, or `agent-forge export` it --format hf"
+            raise ArtifactError(what, where=str(config.name_or_path or "config.json"), remedy=remedy)
         core = build_model(MODEL_CONFIGS.get(config.model_type).build(config.forge, source="config.json"))
         # The children become ours under their own names; the core itself stays out of the tree, or every
         # tensor would be there twice.
@@ -311,12 +316,17 @@ class HFCausalLM(nn.Module):
     def flops_per_token(self, context: int) -> float:
         """Forward FLOPs per token: two per weight met, plus the attention products over the whole context.
 
-        An approximation: every expert of a sparse model counts, and a sliding window does not.
+        An approximation: every expert of a sparse model counts, and a sliding window does not. A packed model costs
+        what its plain one does.
         """
-        weights = sum(p.numel() for p in self.hf.parameters())
+        from forgekit.quant.layers import TiedHead
+        from forgekit.quant.model import logical_parameters
+
+        weights = logical_parameters(self.hf)
         table, head = self.hf.get_input_embeddings(), self.hf.get_output_embeddings()
-        if head is not None and head.weight is not table.weight:
-            weights -= table.weight.numel()  # a lookup costs nothing; tied, the table is the head and does
+        tied = head is None or isinstance(head, TiedHead) or head.weight is table.weight
+        if not tied:
+            weights -= logical_parameters(table)  # a lookup costs nothing; tied, the table is the head and does
         return 2 * weights + 4 * self.config.n_layers * self.config.d_model * context
 
     def attentions(self) -> list:
@@ -336,6 +346,7 @@ def load_causal_lm(folder: Path) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    refused = (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -344,7 +355,7 @@ def load_causal_lm(folder: Path) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
+    except (*refused, StrictDataclassError) as error:
         raise ArtifactError(
             f"not a loadable causal language model ({first_line(error)})",
             where=str(folder),

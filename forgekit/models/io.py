@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from forgekit.errors import ArtifactError
 from forgekit.models.base import parameter_count
 from forgekit.models.config import FAMILIES, MODEL_CONFIGS, GPTConfig
+from forgekit.store.packed import says_packed
 
 
 def build_model(config: GPTConfig) -> torch.nn.Module:
@@ -82,28 +83,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a model folder.
 
     Raises:
-        ArtifactError: missing or not JSON.
+        ArtifactError: missing, or no JSON object.
     """
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(
             "no model here", where=str(path), remedy="give an artifact or Hugging Face folder"
         ) from None
     except (ValueError, OSError) as error:
         raise ArtifactError(f"unreadable ({error})", where=str(path), remedy="restore the artifact") from None
+    if not isinstance(values, dict):
+        raise ArtifactError("is no JSON object", where=str(path), remedy="restore the artifact")
+    return values
 
 
 def read_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     """Load a model and its tokenizer from an artifact or a Hugging Face folder, on the CPU, in eval mode.
+
+    A packed model stays packed: it runs, but has no weights to train (:func:`forgekit.models.unpacked.unpacked`).
 
     Raises:
         ArtifactError: a file is missing, truncated, or its tensors do not fit the configuration.
     """
     folder = Path(folder)
     values = read_config(folder)
-    if "forge_quantization" in values:
+    if says_packed(values):
         from forgekit.quant.files import read_packed
 
         return read_packed(folder)
@@ -141,8 +147,22 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
+        if _holds_packed(path):
+            what = "its weights are packed, and config.json does not say so"
+            raise ArtifactError(what, where=str(path), remedy="restore config.json") from None
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ArtifactError(f"weights do not fit: {reason}", where=str(path), remedy="check config.json") from None
+        what = f"weights do not fit: {reason[:200]}"
+        raise ArtifactError(what, where=str(path), remedy="check config.json") from None
+
+
+def _holds_packed(path: Path) -> bool:
+    """Whether a readable file of weights is that of a packed model (:mod:`forgekit.quant.files`)."""
+    from forgekit.quant.files import METADATA
+
+    if not path.exists():
+        return False
+    with safe_open(str(path), "pt") as file:
+        return METADATA in (file.metadata() or {})
 
 
 __all__ = [

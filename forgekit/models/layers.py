@@ -7,12 +7,14 @@ F feed-forward width. A name's suffix gives its shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forgekit.infer import kernels
 from forgekit.models.base import placed_like
 
 EMPTY = -1
@@ -22,6 +24,9 @@ SMALL_WINDOW = 64
 (docs/results/cpu_kernels.md)."""
 CONV_TAPS = 4
 """Taps of the short convolutions."""
+LEAST_ROOM = 16
+"""Tokens for which a :class:`Log` has room at least."""
+Turns = tuple[Tensor, Tensor]
 
 
 def short_conv(
@@ -73,32 +78,111 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-6)
 
 
+def turns(pos_BT: Tensor, width: int, base: float) -> Turns:
+    """Cosines and sines (B, 1, T, K) of the rotary angles at absolute positions, for heads of width K; the first half of
+    the sines has the other sign."""
+    half = width // 2
+    freq_K = base ** (-torch.arange(half, device=pos_BT.device, dtype=torch.float32) / half)
+    angle = pos_BT[:, None, :, None].float() * freq_K
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
 def rope(x_BHTK: Tensor, pos_BT: Tensor, base: float) -> Tensor:
     """Rotary position embedding (Su et al., 2021), half-split layout, at absolute positions."""
+    return turned(x_BHTK, turns(pos_BT, x_BHTK.shape[-1], base))
+
+
+def turned(x_BHTK: Tensor, by: Turns) -> Tensor:
+    """:func:`rope` with angles that are known."""
     half = x_BHTK.shape[-1] // 2
-    freq_K = base ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
-    angle = pos_BT[:, None, :, None].float() * freq_K
-    cos, sin = angle.cos().to(x_BHTK.dtype), angle.sin().to(x_BHTK.dtype)
-    a, b = x_BHTK[..., :half], x_BHTK[..., half:]
+    cos, sin = (part.to(x_BHTK.dtype)[..., half:] for part in by)
+    a, b = x_BHTK.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def turned_fast(x: Tensor, by: Turns) -> Tensor:
+    """:func:`turned`, the same bits in fewer steps; its gradient would add up in another order."""
+    cos, sin = by
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
+
+
+class Log:
+    """Keys and values with room behind them: a token is added without copying those before it.
+
+    States are values, and several may share a log: only the newest goes on in it, in memory that no other state looks
+    at. Any other copies what it needs.
+    """
+
+    def __init__(self, state: AttentionState, pos_B1: Tensor, keep: int) -> None:
+        """The last ``keep`` slots of a state whose next token has the positions ``pos_B1``, and room for a quarter
+        more: each slot is copied four times on average."""
+        room = max(LEAST_ROOM, keep // 4)
+        start = state.k_BHPK.shape[2] - keep
+        self.end, self.size = keep, keep + room
+        self.k_BHLK, self.v_BHLK = (self._roomy(x, start) for x in (state.k_BHPK, state.v_BHPK))
+        coming = pos_B1 + torch.arange(room, device=pos_B1.device)
+        self.pos_BL = torch.cat([state.pos_BP[:, start:], coming], 1)
+        self._newest: list[Tensor] = [state.k_BHPK]
+
+    def _roomy(self, x_BHPK: Tensor, start: int) -> Tensor:
+        B, H, _, K = x_BHPK.shape
+        roomy = x_BHPK.new_empty(B, H, self.size, K)
+        roomy[:, :, : self.end] = x_BHPK[:, :, start:]
+        return roomy
+
+    def free(self, state: AttentionState) -> bool:
+        """Whether the state may go on here; if so, it has to: nobody else may until it has :meth:`grown`."""
+        if self.end == self.size or (self.k_BHLK.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        try:
+            newest = self._newest.pop()  # of two threads only one gets it
+        except IndexError:
+            return False
+        if newest is state.k_BHPK:
+            return True
+        self._newest.append(newest)
+        return False
+
+    def span(self, window: int) -> tuple[int, int]:
+        """The first slot that the next token sees, and its own."""
+        return (max(0, self.end + 1 - window) if window else 0), self.end
+
+    def put(self, k_BHK: Tensor, v_BHK: Tensor) -> None:
+        """Write the next token; :meth:`grown` is what makes it count."""
+        self.k_BHLK.select(2, self.end).copy_(k_BHK)
+        self.v_BHLK.select(2, self.end).copy_(v_BHK)
+
+    def grown(self, whole: bool, window: int) -> AttentionState:
+        """The state after the token that was written."""
+        start, end = self.span(window)
+        self.end = end + 1
+        count = self.end - start
+        k_BHPK, v_BHPK = self.k_BHLK.narrow(2, start, count), self.v_BHLK.narrow(2, start, count)
+        self._newest.append(k_BHPK)
+        return AttentionState(k_BHPK, v_BHPK, self.pos_BL.narrow(1, start, count), -1, None, whole, self)
 
 
 @dataclass
 class AttentionState:
-    """The last W keys and values of every row, as a ring.
+    """The last keys and values of every row, the oldest first; at most W of them where there is a window.
 
     Attributes:
         k_BHPK, v_BHPK: rotated keys and values.
-        pos_BP: absolute position of each slot, :data:`EMPTY` where none.
-        cursor: the slot that the next token overwrites: in every row the oldest.
+        pos_BP: absolute position of each slot, :data:`EMPTY` where none; without gaps behind the empty ones.
+        cursor: -1: what comes next is put behind the last slot.
         tail_BJC: the last inputs of the short convolution, queries, keys and values side by side; None without one.
+        whole: no slot is empty in any row, so attention needs no mask. False means that nobody knows.
+        log: where the slots lie, if there is room behind them.
     """
 
     k_BHPK: Tensor
     v_BHPK: Tensor
     pos_BP: Tensor
-    cursor: int
+    cursor: int = -1
     tail_BJC: Tensor | None = None
+    whole: bool = False
+    log: Log | None = None
 
 
 @dataclass(frozen=True)
@@ -130,28 +214,55 @@ class Attention(nn.Module):
         self.conv_CJ = nn.Parameter(identity_taps(3 * d)) if shape.conv else None
         self.register_buffer("longest_2H", torch.zeros(2, shape.heads), persistent=False)
 
+    def turns(self, pos_BT: Tensor) -> Turns:
+        """:func:`turns` for this layer's heads."""
+        return turns(pos_BT, self.shape.width // self.shape.heads, self.shape.rope_base)
+
     @property
     def logit_bound_H(self) -> Tensor:
         """Upper bound of each head's logits in the training forwards since the last clip: max|q|·max|k|/sqrt(K)."""
         return (self.longest_2H.prod(0) / (self.shape.width // self.shape.heads)).sqrt()
 
     def forward(
-        self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None
+        self,
+        x_BTD: Tensor,
+        pos_BT: Tensor,
+        state: AttentionState | None,
+        lengths_B: Tensor | None,
+        turn: Turns | None = None,
+        norm: RMSNorm | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
-        """Attend. Without ``state`` nothing before the first token is seen and no state is returned."""
-        q, k, v, tail = self.project(x_BTD, pos_BT, state, lengths_B)
+        """Attend. Without ``state`` nothing before the first token is seen and no state is returned.
+
+        Args:
+            x_BTD: inputs.
+            pos_BT: their absolute positions.
+            state: after the tokens before them.
+            lengths_B: real tokens per right-padded row.
+            turn: :func:`turns` at ``pos_BT``, which are the same in all layers.
+            norm: what the inputs pass first.
+        """
+        free = not (torch.is_grad_enabled() or self.training)
+        if free and state is not None and x_BTD.shape[1] == 1 and lengths_B is None:
+            return self._attend_one(x_BTD, pos_BT, state, turn, norm)
+        if norm is not None:
+            x_BTD = norm(x_BTD)
+        q, k, v, tail = self.project(x_BTD, pos_BT, state, lengths_B, turn)
         if state is None:
             out = self.attend_fresh(q, k, v)
-        elif q.shape[2] == 1 and lengths_B is None:
-            state = ring_write(state, k, v, pos_BT)
-            out = attend_masked(q, state.k_BHPK, state.v_BHPK, self._visible(pos_BT, state.pos_BP))
         else:
             out, state = self._attend_segment(q, k, v, pos_BT, state, lengths_B)
-        if state is not None:
             state = replace(state, tail_BJC=tail)
         return self.wo(out.transpose(1, 2).reshape(x_BTD.shape)), state
 
-    def project(self, x_BTD: Tensor, pos_BT: Tensor, state: AttentionState | None, lengths_B: Tensor | None):
+    def project(
+        self,
+        x_BTD: Tensor,
+        pos_BT: Tensor,
+        state: AttentionState | None,
+        lengths_B: Tensor | None,
+        turn: Turns | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Rotated queries and keys, values, each (B, H, T, K), and the convolution's tail."""
         B, T, _ = x_BTD.shape
         parts, tail = [w(x_BTD) for w in (self.wq, self.wk, self.wv)], None
@@ -166,7 +277,52 @@ class Attention(nn.Module):
         if self.training:
             # Queries and keys apart, since the last clip: so micro batches clip exactly as the whole batch would.
             self.longest_2H = torch.maximum(self.longest_2H, longest(q.detach(), k.detach()))
-        return rope(q, pos_BT, self.shape.rope_base), rope(k, pos_BT, self.shape.rope_base), v, tail
+        turn = turn or self.turns(pos_BT)
+        return turned(q, turn), turned(k, turn), v, tail
+
+    def _attend_one(
+        self, x_B1D: Tensor, pos_B1: Tensor, state: AttentionState, turn: Turns | None, norm: RMSNorm | None
+    ) -> tuple[Tensor, AttentionState]:
+        """One new token a row without gradients, as generation goes: :meth:`forward` in the fewest steps."""
+        qkv = side_by_side((self.wq, self.wk, self.wv), x_B1D, norm)
+        log, turn = with_room(state, pos_B1, self.shape.window), turn or self.turns(pos_B1)
+        if state.whole and self._compiled(qkv, log):
+            conv = None if self.conv_CJ is None else (self.conv_CJ, state.tail_BJC)
+            token = kernels.Token(*log.span(self.shape.window), conv, self.gain_H)
+            out, tail = kernels.attend(qkv, token, turn, (log.k_BHLK, log.v_BHLK))
+            state = log.grown(True, self.shape.window)
+        else:
+            out, state, tail = self._attend_plainly(qkv, log, state, turn, pos_B1)
+        state.tail_BJC = tail
+        return self.wo(out), state
+
+    def _compiled(self, qkv: Tensor, log: Log) -> bool:
+        """Whether compiled code can attend."""
+        width = self.shape.width // self.shape.heads
+        fits = qkv.dtype is log.k_BHLK.dtype is torch.float32 and width % kernels.HEAD_STEP == 0
+        weights = (self.gain_H, self.conv_CJ)
+        return fits and all(w is None or w.dtype is torch.float32 for w in weights) and kernels.attends(qkv)
+
+    def _attend_plainly(self, qkv: Tensor, log: Log, state: AttentionState, turn: Turns, pos_B1: Tensor) -> tuple:
+        """One token in torch: (B, 1, D), the state after it, the convolution's tail."""
+        tail = None
+        if self.conv_CJ is not None:
+            qkv, tail = short_conv(qkv, state.tail_BJC, self.conv_CJ, None)
+        heads_B3HK = qkv.view(len(qkv), 3, self.shape.heads, -1)
+        qk, v = heads_B3HK[:, :2], heads_B3HK.select(1, 2)
+        if self.gain_H is not None:
+            qk = F.normalize(qk, dim=-1)
+        q, k = turned_fast(qk, turn).unbind(1)
+        scale = None
+        if self.gain_H is not None:
+            q, scale = q * self.gain_H.to(q.dtype).unsqueeze(1), 1.0
+        log.put(k, v)
+        state, q = log.grown(state.whole, self.shape.window), q.unsqueeze(2)
+        if state.whole:
+            out = F.scaled_dot_product_attention(q, state.k_BHPK, state.v_BHPK, scale=scale)
+        else:
+            out = attend_masked(q, state.k_BHPK, state.v_BHPK, self._visible(pos_B1, state.pos_BP), scale)
+        return out.view(len(qkv), 1, -1), state, tail
 
     def attend_fresh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention among new tokens with nothing before them; all (B, H, T, K)."""
@@ -179,17 +335,19 @@ class Attention(nn.Module):
         return attend_blocks(q, k, v, W)[:, :, :T]
 
     def _attend_segment(self, q, k, v, pos_BT, state, lengths_B):
-        """Several new tokens after a state: see ring and segment together, keep each row's last W."""
-        new_pos = pos_BT
+        """New tokens after a state: see what is kept and the segment together, keep each row's last W."""
+        new_pos, whole = pos_BT, state.whole and lengths_B is None
         if lengths_B is not None:
             inside = torch.arange(pos_BT.shape[1], device=pos_BT.device) < lengths_B[:, None]
             new_pos = torch.where(inside, pos_BT, EMPTY)
-        order = (torch.arange(state.pos_BP.shape[1], device=q.device) + state.cursor) % max(1, state.pos_BP.shape[1])
-        keys = torch.cat([state.k_BHPK[:, :, order], k], dim=2)
-        values = torch.cat([state.v_BHPK[:, :, order], v], dim=2)
-        pos_BP = torch.cat([state.pos_BP[:, order], new_pos], dim=1)
-        out = attend_masked(q, keys, values, self._visible(pos_BT, pos_BP))
-        return out, keep_last(keys, values, pos_BP, self.shape.window)
+        keys = torch.cat([state.k_BHPK, k], dim=2)
+        values = torch.cat([state.v_BHPK, v], dim=2)
+        pos_BP = torch.cat([state.pos_BP, new_pos], dim=1)
+        if whole and not state.pos_BP.shape[1]:
+            out = self.attend_fresh(q, k, v)
+        else:
+            out = attend_masked(q, keys, values, self._visible(pos_BT, pos_BP))
+        return out, keep_last(keys, values, pos_BP, self.shape.window, whole)
 
     def _visible(self, pos_BT: Tensor, pos_BP: Tensor) -> Tensor:
         gap = pos_BT[:, :, None] - pos_BP[:, None, :]
@@ -197,12 +355,12 @@ class Attention(nn.Module):
         return seen if self.shape.window == 0 else seen & (gap < self.shape.window)
 
     def initial_state(self, batch: int, device: torch.device) -> AttentionState:
-        """An empty ring of W slots (no slots for unlimited attention, which grows)."""
+        """No slots yet."""
         heads, width = self.shape.heads, self.shape.width // self.shape.heads
-        empty = self.longest_2H.new_zeros(batch, heads, self.shape.window, width)  # a packed wk would unpack its weight
-        pos = torch.full((batch, self.shape.window), EMPTY, dtype=torch.long, device=device)
+        empty = self.longest_2H.new_zeros(batch, heads, 0, width)  # a packed wk would unpack its weight
+        pos = torch.full((batch, 0), EMPTY, dtype=torch.long, device=device)
         tail = None if self.conv_CJ is None else empty.new_zeros(batch, CONV_TAPS - 1, 3 * self.shape.width)
-        return AttentionState(empty, empty.clone(), pos, 0, tail)
+        return AttentionState(empty, empty, pos, tail_BJC=tail, whole=True)
 
     @torch.no_grad()
     def clip_logits(self, tau: float) -> Tensor:
@@ -229,10 +387,10 @@ def longest(q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
     return torch.stack([x.float().square().sum(-1).amax((0, 2)) for x in (q_BHTK, k_BHTK)])
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, seen_BTP: Tensor) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, seen_BTP: Tensor, scale: float | None = None) -> Tensor:
     """Attention with an explicit mask. Rows that see nothing (padding) give zeros, not NaN."""
     blind = ~seen_BTP.any(-1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen_BTP | blind[..., None])[:, None])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen_BTP | blind[..., None])[:, None], scale=scale)
     return out.masked_fill(blind[:, None, :, None], 0)
 
 
@@ -261,32 +419,32 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
     return out.view(B, n, H, W, K).transpose(1, 2).reshape(B, H, T, K)
 
 
-def ring_write(state: AttentionState, k: Tensor, v: Tensor, pos_B1: Tensor) -> AttentionState:
-    """Put one token per row into the ring (append when attention is unlimited)."""
-    size = state.pos_BP.shape[1]
-    if size == 0 or state.cursor < 0:
-        grown = [torch.cat(pair, dim=2) for pair in ((state.k_BHPK, k), (state.v_BHPK, v))]
-        return AttentionState(*grown, torch.cat([state.pos_BP, pos_B1], dim=1), -1)
-    keys, values, pos = state.k_BHPK.clone(), state.v_BHPK.clone(), state.pos_BP.clone()
-    keys[:, :, state.cursor], values[:, :, state.cursor] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(values.dtype)
-    pos[:, state.cursor] = pos_B1[:, 0]
-    return AttentionState(keys, values, pos, (state.cursor + 1) % size)
+def with_room(state: AttentionState, pos_B1: Tensor, window: int) -> Log:
+    """A log in which the state may go on with a token at these positions."""
+    log = state.log
+    if log is None or not log.free(state):
+        kept = state.k_BHPK.shape[2]
+        log = Log(state, pos_B1, kept if window == 0 else min(kept, window - 1))
+        log.free(state)
+    return log
 
 
-def keep_last(keys: Tensor, values: Tensor, pos_BP: Tensor, window: int) -> AttentionState:
-    """Each row's ``window`` newest tokens in order, empty slots first, so that slot 0 is the oldest everywhere."""
+def keep_last(keys: Tensor, values: Tensor, pos_BP: Tensor, window: int, whole: bool) -> AttentionState:
+    """Each row's ``window`` newest tokens in order, empty slots first. ``whole``: there are none, and all in order."""
+    if whole:
+        if window and pos_BP.shape[1] > window:  # copies: a view would keep the whole segment alive in the state
+            keys, values, pos_BP = keys[:, :, -window:].clone(), values[:, :, -window:].clone(), pos_BP[:, -window:]
+        return AttentionState(keys, values, pos_BP, whole=True)
     order = pos_BP.argsort(dim=1, stable=True)
     order = order if window == 0 else order[:, -window:]
     pick = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-    return AttentionState(
-        keys.gather(2, pick), values.gather(2, pick), pos_BP.gather(1, order), -1 if window == 0 else 0
-    )
+    return AttentionState(keys.gather(2, pick), values.gather(2, pick), pos_BP.gather(1, order))
 
 
 def select_rows(state: AttentionState, rows: Tensor) -> AttentionState:
     """The same state for a subset (or repetition) of rows."""
     tail = None if state.tail_BJC is None else state.tail_BJC[rows]
-    return AttentionState(state.k_BHPK[rows], state.v_BHPK[rows], state.pos_BP[rows], state.cursor, tail)
+    return AttentionState(state.k_BHPK[rows], state.v_BHPK[rows], state.pos_BP[rows], -1, tail, state.whole)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -306,6 +464,24 @@ class SquaredReLU(torch.autograd.Function):
         return (grad * positive).mul_(2)
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2. What autograd adds to a call is more than a token's work."""
+    if torch.is_grad_enabled():
+        return SquaredReLU.apply(x)
+    positive = F.relu(x)
+    return positive * positive
+
+
+def side_by_side(maps: Sequence[nn.Module], x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+    """What several maps make of the same input, normed first where a norm is given, side by side in the last
+    dimension."""
+    # Packed maps do it in one step (forgekit.quant.layers.PackedLinear).
+    if hasattr(type(maps[0]), "side_by_side"):
+        return maps[0].side_by_side(maps, x, norm)
+    x = x if norm is None else norm(x)
+    return maps[0](x) if len(maps) == 1 else torch.cat([one(x) for one in maps], -1)
+
+
 class FeedForward(nn.Module):
     """Squared-ReLU feed-forward (So et al., 2021)."""
 
@@ -313,8 +489,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up, self.down = linear(width, hidden), linear(hidden, width, std=0.0)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(SquaredReLU.apply(self.up(x_BTD)))
+    def forward(self, x_BTD: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); with a ``norm`` the input passes it first."""
+        return self.down(squared_relu(side_by_side((self.up,), x_BTD, norm)))
 
 
 class Embedding(nn.Module):

@@ -113,13 +113,19 @@ class TitansMemory(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             q, k, v, tail = self._keys(projected, state.tail_BJD, lengths_B)
             alpha, eta, theta = self._gates(gate_logits)
+            if x_BTD.shape[1] == 1 and lengths_B is None and not torch.is_grad_enabled():
+                out, M, S = one_token((q, k, v), (alpha, eta, theta), state)
+                return self._read(out, x_BTD.dtype), MemoryState(M, S, tail)
             live = None
             if lengths_B is not None:
                 live = (torch.arange(x_BTD.shape[1], device=x_BTD.device) < lengths_B[:, None])[:, None].float()
                 alpha, theta, eta = alpha * live, theta * live, torch.where(live > 0, eta, 1.0)
             out, M, S = scan_chunks((q, k, v), (alpha, eta, theta), state, self.shape.chunk, live)
-        out = self.norm(out).transpose(1, 2).flatten(2)
-        return self.wo(out.to(x_BTD.dtype)), MemoryState(M, S, tail)
+        return self._read(out, x_BTD.dtype), MemoryState(M, S, tail)
+
+    def _read(self, out_BHTK: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T, D) of what the heads recall."""
+        return self.wo(self.norm(out_BHTK).transpose(1, 2).flatten(2).to(dtype))
 
     def _keys(self, projected: Tensor, tail: Tensor, lengths_B: Tensor | None):
         """Short causal depthwise convolution, then unit queries and keys, per head (B, H, T, K)."""
@@ -138,6 +144,18 @@ class TitansMemory(nn.Module):
         floor = 1.0 / self.shape.capacity
         alpha = (floor + 2 * self.shape.novelty_weight * alpha).clamp(max=0.999)
         return alpha, eta.clamp(max=MOMENTUM), (2 * self.shape.surprise_weight * theta).clamp(max=1.0)
+
+
+def one_token(
+    qkv: tuple[Tensor, Tensor, Tensor], gates: tuple[Tensor, Tensor, Tensor], state: MemoryState
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`scan_chunks` for one token: the recurrence of the module docstring as it stands there."""
+    q_BHK1, k_BHK1, v_BHK1 = (x.mT for x in qkv)
+    alpha, eta, theta = (gate.unsqueeze(-1) for gate in gates)
+    e_BHK1 = v_BHK1 - state.M_BHKK @ k_BHK1
+    S_BHKK = torch.addcmul(eta * state.S_BHKK, theta * e_BHK1, k_BHK1.mT)
+    M_BHKK = torch.addcmul(S_BHKK, 1 - alpha, state.M_BHKK)
+    return (M_BHKK @ q_BHK1).mT, M_BHKK, S_BHKK
 
 
 def scan_chunks(

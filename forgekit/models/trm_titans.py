@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from forgekit.models.base import Loss, Output, mean_nats, supervised_positions, whole
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.gpt import Block, positions
-from forgekit.models.layers import AttentionState, Embedding, RMSNorm, SquaredReLU, linear, select_rows
+from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows, squared_relu
 from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, TitansMemory
 
 HALT_BIAS = -3.0
@@ -73,13 +73,20 @@ class GatedMemory(nn.Module):
         nn.init.zeros_(self.gate_out.bias)  # half open: a memory that is hardly heard is learned late (docs/LOG.md)
 
     def forward(self, x_BTD: Tensor, attended_BTD: Tensor, state: MemoryState | None, lengths_B: Tensor | None):
-        """attended + g * recalled, the memory after, and the gate's entropy (B, T) in [0, 1]."""
+        """attended + g * recalled, the memory after, and the gate's entropy (B, T) in [0, 1].
+
+        Nobody asks for the entropy where tokens are generated one by one: there it is None.
+        """
+        generating = state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled()
         inputs = self.norm(x_BTD)
         recalled, state = self.memory(inputs, state, lengths_B)
         logit = self.gate_out(F.silu(self.gate_in(inputs)))
         gate = logit.sigmoid()
+        blended_BTD = attended_BTD + gate * self.out_norm(recalled)
+        if generating:
+            return blended_BTD, state, None
         entropy_BT = (F.softplus(logit.float()) - gate.float() * logit.float()).mean(-1) / math.log(2)
-        return attended_BTD + gate * self.out_norm(recalled), state, entropy_BT
+        return blended_BTD, state, entropy_BT
 
 
 class MemoryBlock(Block):
@@ -89,11 +96,11 @@ class MemoryBlock(Block):
         super().__init__(config)
         self.gated = GatedMemory(config)
 
-    def forward(self, x_BTD, pos_BT, state, lengths_B, memory=None):
-        attended, state = self.attn(self.norm1(x_BTD), pos_BT, state, lengths_B)
+    def forward(self, x_BTD, pos_BT, state, lengths_B, turn=None, memory=None):
+        attended, state = self.attn(x_BTD, pos_BT, state, lengths_B, turn, self.norm1)
         blended, memory, entropy_BT = self.gated(x_BTD, attended, memory, lengths_B)
         x_BTD = x_BTD + blended
-        return x_BTD + self.ffn(self.norm2(x_BTD)), state, memory, entropy_BT
+        return x_BTD + self.ffn(x_BTD, self.norm2), state, memory, entropy_BT
 
 
 class Refine(nn.Module):
@@ -105,7 +112,7 @@ class Refine(nn.Module):
         self.up, self.down = linear(width, hidden), linear(hidden, width, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(SquaredReLU.apply(self.up(self.norm(x))))
+        return self.down(squared_relu(self.up(self.norm(x))))
 
 
 class Recursion(nn.Module):
@@ -185,9 +192,10 @@ class TRMTitans(nn.Module):
         """Normalised hidden states (B, T, D), the state after, and the gates' entropy (B, T) (or None)."""
         pos_BT, lengths = positions(ids_BT, state, lengths_B)
         x_BTD = self.embedding.embed(ids_BT)
+        turn = self.blocks[0].attn.turns(pos_BT)
         layers, memories, entropies = [], [], []
         for i, block in enumerate(self.blocks):
-            args = [x_BTD, pos_BT, state.layers[i] if state else None, lengths_B]
+            args = [x_BTD, pos_BT, state.layers[i] if state else None, lengths_B, turn]
             if isinstance(block, MemoryBlock):
                 args.append(state.memories[i] if state else None)
             if self.checkpoint_activations and self.training:
@@ -197,7 +205,7 @@ class TRMTitans(nn.Module):
             x_BTD, layer = result[:2]
             layers.append(layer)
             memories.append(result[2] if len(result) > 2 else None)
-            entropies += result[3:]
+            entropies += [e for e in result[3:] if e is not None]
         after = TRMTitansState(state.position_B + lengths, layers, memories) if state else None
         return self.norm(x_BTD), after, torch.stack(entropies).mean(0) if entropies else None
 

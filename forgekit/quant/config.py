@@ -9,6 +9,20 @@ from pydantic import Field
 from forgekit.config import Config
 
 
+class GroupPlan(Config):
+    """Weights rounded to nearest, symmetric around zero, with one fp16 scale per group of columns of a row."""
+
+    bits: Annotated[int, Field(ge=4, le=8)] = 8
+    """Bits of a code."""
+    group: Annotated[int, Field(gt=0)] = 32
+    """Columns that share a scale; the last group of a row may be shorter."""
+
+    @property
+    def top(self) -> int:
+        """The largest code; the smallest is its negative."""
+        return 2 ** (self.bits - 1) - 1
+
+
 class TernaryPlan(Config):
     """Weights in {-1, 0, 1} times a scale, activations in 8 bits.
 
@@ -28,17 +42,12 @@ class TernaryPlan(Config):
     """Bits of the activations, with one scale per token; 0 leaves them alone."""
     sub_norm: bool = False
     """Normalise the inputs of the maps that no norm stands before (SubLN), with a gain that calibration starts."""
+    spared: tuple[str, ...] = ()
+    """Maps that are rounded group-wise instead, by a component of their dotted name (``wo`` is the output map of every
+    attention): those where a few bits more bring most of the skill back."""
+    spared_groups: GroupPlan = GroupPlan(bits=6)
+    """How they are rounded."""
 
 
-class GroupPlan(Config):
-    """Weights rounded to nearest, symmetric around zero, with one fp16 scale per group of columns of a row."""
-
-    bits: Annotated[int, Field(ge=4, le=8)] = 8
-    """Bits of a code."""
-    group: Annotated[int, Field(gt=0)] = 32
-    """Columns that share a scale; the last group of a row may be shorter."""
-
-    @property
-    def top(self) -> int:
-        """The largest code; the smallest is its negative."""
-        return 2 ** (self.bits - 1) - 1
+MapPlan = TernaryPlan | GroupPlan
+"""The grid of a model's linear maps: ternary, or group-wise rounding with activations left alone."""

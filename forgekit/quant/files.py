@@ -1,4 +1,4 @@
-"""Packed artifacts: a model in 1.6 or 2 bits a weight inside safetensors, and back, tensor for tensor.
+"""Packed artifacts: a model in 1.6, 2 or 4 to 8 bits a weight inside safetensors, and back, tensor for tensor.
 
 ``model.safetensors`` of layout 1 holds, by name of the map or embedding:
 
@@ -12,7 +12,8 @@ any other               norms, biases, small maps: float16, or float32 where flo
                         :data:`forgekit.quant.model.KEPT` says so; integers as they are
 ======================  ================================================================================
 
-A head tied to its embedding has no tensors. The file's metadata has one key, ``forge_packed``: JSON of
+A head tied to its embedding has no tensors. A file without ternary maps has neither ``code`` nor ``plan``: each of
+its maps says its bits and group. The file's metadata has one key, ``forge_packed``: JSON of
 :class:`Header`, with kind, shape, bits and group of every map and the CRC-32 of every tensor's bytes. ``config.json``
 is that of the plain model with a section ``forge_quantization``, which holds the CRC-32 of the header, so no byte of
 the file goes unchecked. In the folder of a Hugging Face model it also names ``transformers_weights`` that are no file:
@@ -39,7 +40,7 @@ from forgekit.config import Config, canonical_json
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.config import FAMILIES, MODEL_CONFIGS
 from forgekit.models.io import build_model, hub_config, read_config, write_tokenizer
-from forgekit.quant.config import GroupPlan, TernaryPlan
+from forgekit.quant.config import GroupPlan, MapPlan, TernaryPlan
 from forgekit.quant.grid import Ternary
 from forgekit.quant.groupwise import Grouped
 from forgekit.quant.layers import GroupedEmbedding, GroupedLinear, PackedLinear, TiedHead, is_conv1d
@@ -86,21 +87,28 @@ class Header(Config):
 
     layout: Literal[1] = LAYOUT
     """Version of the layout."""
-    code: Code
-    """How ternary codes are stored."""
-    plan: TernaryPlan
-    """The ternary grid."""
+    code: Code | None
+    """How ternary codes are stored; null where there are none."""
+    plan: TernaryPlan | None
+    """The ternary grid; null where no map is ternary."""
     maps: dict[str, MapEntry]
     """Packed maps and embeddings by name."""
     crc32: dict[str, Crc]
     """CRC-32 of the bytes of every stored tensor, by name."""
+
+    @model_validator(mode="after")
+    def _described(self):
+        ternary = any(entry.kind == "ternary" for entry in self.maps.values())
+        if ternary and None in (self.code, self.plan):
+            raise ValueError("ternary maps need code and plan")
+        return self
 
 
 def write_packed(
     model: nn.Module,
     tokenizer: Any,
     folder: Path,
-    plan: TernaryPlan | None = None,
+    plan: MapPlan | None = None,
     groups: GroupPlan | None = None,
     code: Code = "base3",
 ) -> dict[str, int]:
@@ -110,9 +118,9 @@ def write_packed(
         model: plain, in training for the grids, or packed (then ``plan`` and ``groups`` are its own).
         tokenizer: the model's, or None.
         folder: is made where missing.
-        plan: grid of the linear maps; the default plan unless given.
+        plan: grid of the linear maps; the default ternary plan unless given.
         groups: rounding of embedding and head; None stores them in float16.
-        code: ``base3`` is a fifth smaller, ``2bit`` is what memory holds.
+        code: of ternary maps: ``base3`` is a fifth smaller, ``2bit`` is what memory holds.
 
     Returns:
         Bytes on disk by part: ``ternary``, ``grouped``, ``rest``, ``header`` and ``total`` (of model.safetensors).
@@ -123,13 +131,15 @@ def write_packed(
     """
     folder = Path(folder)
     model = model if is_packed(model) else packed(model, plan or TernaryPlan(), groups)
-    plan = next(module.plan for module in model.modules() if isinstance(module, PackedLinear))
-    maps, tensors, parts = _stored(model, plan, code)
-    described = Header(code=code, plan=plan, maps=maps, crc32={name: _crc(one) for name, one in tensors.items()})
+    ternary = next((module.plan for module in model.modules() if isinstance(module, PackedLinear)), None)
+    maps, tensors, parts = _stored(model, code)
+    grid = {"code": code, "plan": ternary} if ternary else {"code": None, "plan": None}
+    described = Header(**grid, maps=maps, crc32={name: _crc(one) for name, one in tensors.items()})
     short = {"maps": {name: entry.model_dump(mode="json", exclude_defaults=True) for name, entry in maps.items()}}
     header = canonical_json(described.model_dump(mode="json") | short)
     data = save(tensors, metadata={METADATA: header})
-    section = {"layout": LAYOUT, "method": "ternary", "code": code, "plan": plan.model_dump(mode="json")}
+    section = {"layout": LAYOUT, "method": "ternary" if ternary else "grouped"}
+    section |= {name: value for name, value in described.model_dump(mode="json").items() if name in grid}
     section |= {"header_crc32": zlib.crc32(header.encode())}
     values = {**_plain_config(model), SECTION: section}
     if hasattr(model, "hf"):
@@ -149,7 +159,7 @@ def _plain_config(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def _stored(model: nn.Module, plan: TernaryPlan, code: Code):
+def _stored(model: nn.Module, code: Code):
     """Map entries, tensors as stored, and bytes by part."""
     maps: dict[str, MapEntry] = {}
     tensors: dict[str, Tensor] = {}
@@ -164,7 +174,7 @@ def _stored(model: nn.Module, plan: TernaryPlan, code: Code):
             shape, part = (len(module.scale), module.columns), "ternary"
             entry = MapEntry(kind="ternary", shape=shape, sub_norm=module.gain is not None)
             codes = (pack3 if code == "base3" else pack2)(module.ternary.codes_RC)
-            scale = module.scale[:1] if plan.per == "tensor" else module.scale
+            scale = module.scale[:1] if module.plan.per == "tensor" else module.scale
         else:
             kind, part = "embedding" if isinstance(module, GroupedEmbedding) else "linear", "grouped"
             entry = MapEntry(kind=kind, shape=tuple(module.codes.shape), bits=module.bits, group=module.group)
@@ -201,9 +211,9 @@ def read_packed(folder: Path) -> tuple[nn.Module, Any]:
     _check_layout(section, where)
     path = folder / "model.safetensors"
     header, tensors = _read_tensors(path, section.get("header_crc32"))
-    model = _skeleton(values, folder)
+    model = skeleton(values, folder)
     _fill(model, header, tensors, path)
-    return model.eval().requires_grad_(False), _tokenizer(values, folder)
+    return model.eval().requires_grad_(False), read_tokenizer(values, folder)
 
 
 def _check_layout(section: dict[str, Any], where: Path) -> None:
@@ -257,8 +267,17 @@ def _header(text: str, crc: Any, path: Path) -> Header:
         raise ArtifactError(error.what, where=error.where, remedy="restore the artifact") from None
 
 
-def _skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
-    """The plain model that config.json describes, with no weights in it yet and next to no memory used."""
+def skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
+    """The plain model that ``config.json`` describes, with no weights in it yet and next to no memory used.
+
+    Args:
+        values: of ``config.json``.
+        folder: where it is, for messages.
+
+    Raises:
+        ArtifactError: transformers cannot build such a model.
+        ConfigError: our family refuses a value.
+    """
     source = str(folder / "config.json")
     if values.get("model_type") in FAMILIES:
         config = MODEL_CONFIGS.get(values["model_type"]).build(values.get("forge", {}), source=source)
@@ -289,7 +308,8 @@ def _hf_skeleton(values: dict[str, Any], folder: Path) -> Any:
     return model
 
 
-def _tokenizer(values: dict[str, Any], folder: Path) -> Any:
+def read_tokenizer(values: dict[str, Any], folder: Path) -> Any:
+    """The tokenizer of a folder with this ``config.json``, of the house or of Hugging Face."""
     if values.get("model_type") in FAMILIES:
         from forgekit.data.tokenizer import load_tokenizer
 
@@ -313,8 +333,9 @@ def _fill(model: nn.Module, header: Header, tensors: dict[str, Tensor], path: Pa
         else:
             codes, scale = (_taken(left, f"{name}.{part}", path) for part in ("codes", "scale"))
             module = _module(name, entry, (codes, scale), header, path)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | GroupedLinear):
             module.transposed = is_conv1d(source)
+        if isinstance(module, PackedLinear):
             module.gain = torch.empty(entry.shape[1]) if entry.sub_norm else None  # comes with the rest, like a bias
         if getattr(source, "bias", None) is not None:
             module.bias = torch.empty(entry.shape[0])

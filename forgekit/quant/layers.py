@@ -9,6 +9,7 @@ Shapes: R rows (outputs), C columns (inputs), G groups of a row, V vocabulary, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forgekit.errors import ArtifactError
-from forgekit.infer.kernels import grouped_matmul, ternary_matmul, ternary_matmul_float
+from forgekit.infer.kernels import (
+    TernaryMaps,
+    grouped_matmul,
+    plain_floats,
+    prepared_maps,
+    ternary_matmul,
+    ternary_matmul_float,
+)
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.grid import Ternary, fake_activations, fake_ternary, straight_through, ternarise
 from forgekit.quant.groupwise import Grouped, fake_groups
@@ -115,6 +123,7 @@ class PackedLinear(nn.Module):
     def __init__(self, ternary: Ternary, bias: Tensor | None, plan: TernaryPlan) -> None:
         super().__init__()
         self.plan, self.columns, self.transposed = plan, ternary.codes_RC.shape[1], False
+        self._made: dict[int, TernaryMaps | None] = {}
         self.register_buffer("codes", pack2(ternary.codes_RC))
         self.register_buffer("scale", ternary.scale_R1.flatten().float().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -142,9 +151,47 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., R), in the dtype of ``x``."""
+        buffers = self._buffers  # a token passes here dozens of times: attributes of modules are looked up slowly
+        bias, gain = buffers["bias"], buffers["gain"]
+        maps = self._ready((self,), x)
+        if maps is not None and (gain is None or plain_floats(gain)):
+            out = maps(x, gain)
+            return out if bias is None else out + bias
         product = ternary_matmul if self.plan.activation_bits else ternary_matmul_float
-        out = product(self.codes, self.scale, sub_norm(x, self.gain), self.columns)
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+        out = product(self.codes, self.scale, sub_norm(x, gain), self.columns)
+        return (out if bias is None else out + bias).to(x.dtype)
+
+    @staticmethod
+    def side_by_side(maps: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """What several maps, the first of them packed, make of the same input, side by side in the last dimension.
+
+        Args:
+            maps: packed or not.
+            x: (..., C).
+            norm: an RMSNorm that x passes first.
+        """
+        gain = None if norm is None else norm.weight
+        if all(type(one) is PackedLinear and one.alone for one in maps) and (gain is None or plain_floats(gain)):
+            ready = maps[0]._ready(maps, x)
+            if ready is not None:
+                return ready(x, gain)
+        x = x if norm is None else norm(x)
+        return torch.cat([one(x) for one in maps], -1)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a product with rounded activations and nothing else."""
+        return self._buffers["bias"] is None and self._buffers["gain"] is None and bool(self.plan.activation_bits)
+
+    def _ready(self, maps: Sequence[PackedLinear], x: Tensor) -> TernaryMaps | None:
+        """What multiplies ``x`` with the maps, of which this is the first, in one call; None where that cannot be."""
+        if not (plain_floats(x) and self.plan.activation_bits and x.shape[-1] == self.columns):
+            return None
+        tensors = [one._buffers[part] for one in maps for part in ("codes", "scale")]
+        ready = self._made.get(len(maps))
+        if ready is None or not ready.hold(tensors):
+            ready = self._made[len(maps)] = prepared_maps(list(zip(tensors[::2], tensors[1::2])), self.columns)
+        return ready
 
     def extra_repr(self) -> str:
         """Shape."""
@@ -192,15 +239,27 @@ class FakeGroupedEmbedding(_FakeGroups):
 
 
 class FakeGroupedLinear(_FakeGroups):
-    """A linear map (an output head, a factor of the embedding) that trains for group-wise rounding."""
+    """A linear map that trains for group-wise rounding; ``nn.Linear`` or transformers' ``Conv1D``."""
 
-    def __init__(self, source: nn.Linear, plan: GroupPlan, strength: float = 1.0) -> None:
+    def __init__(self, source: nn.Module, plan: GroupPlan, strength: float = 1.0) -> None:
         super().__init__(source, plan, strength)
+        self.transposed = is_conv1d(source)
         self.register_parameter("bias", source.bias)
+
+    @property
+    def weight_RC(self) -> Tensor:
+        """The latent weight, rows first."""
+        return self.latent.T if self.transposed else self.latent
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight moved towards its rounded image, as the source stores it."""
+        rounded_RC = self._fake(self.weight_RC)
+        return rounded_RC.T if self.transposed else rounded_RC
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., R)."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self._fake(self.weight_RC), self.bias)
 
 
 class _Groups(nn.Module):
@@ -247,7 +306,19 @@ class GroupedEmbedding(_Groups):
 
 
 class GroupedLinear(_Groups):
-    """A linear map in 4 to 8 bits, activations untouched."""
+    """A linear map in 4 to 8 bits, activations untouched.
+
+    Attributes:
+        transposed: whether the module it stands for stores its weight as (C, R).
+    """
+
+    transposed = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight as the replaced module would hold it, float32; made anew each time."""
+        dense_RC = self.grouped.dense()
+        return dense_RC.T if self.transposed else dense_RC
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., R)."""

@@ -1,7 +1,8 @@
 """Whole models on the low-bit grids: which parts, the training form, the packed form, the plain form again.
 
 Works for the families of the house and for Hugging Face models in :class:`~forgekit.models.hf.HFCausalLM`.
-:data:`KEPT` says what does not become ternary and why; everything else that is a linear map does.
+:data:`KEPT` says what does not get the grid of the linear maps and why; everything else that is a linear map does. That
+grid is ternary, or group-wise with 4 to 8 bits (a :data:`~forgekit.quant.config.MapPlan`).
 
 Shapes: R rows (outputs), C columns (inputs), B batch, T tokens.
 """
@@ -17,10 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from forgekit.errors import ArtifactError, DataError
-from forgekit.quant.config import GroupPlan, TernaryPlan
-from forgekit.quant.grid import check_strength
-from forgekit.quant.groupwise import round_groups
+from forgekit.errors import ArtifactError, ConfigError, DataError
+from forgekit.quant.config import GroupPlan, MapPlan, TernaryPlan
+from forgekit.quant.grid import Ternary, check_strength
+from forgekit.quant.groupwise import Grouped, round_groups
 from forgekit.quant.layers import (
     FakeGroupedEmbedding,
     FakeGroupedLinear,
@@ -38,7 +39,7 @@ Kind = Literal["ternary", "grouped", "half", "float32"]
 
 @dataclass(frozen=True)
 class Kept:
-    """A part of a dotted name whose tensors do not become ternary.
+    """A part of a dotted name whose tensors do not get the grid of the linear maps.
 
     Attributes:
         part: a whole component of the name: ``gates`` means ``blocks.1.gated.memory.gates.weight``, not ``gates_x``.
@@ -82,11 +83,11 @@ def kind_of(name: str) -> Kind | None:
 
 def _is_map(module: nn.Module) -> bool:
     """Linear maps we can replace. Subclasses of ``nn.Linear`` may do more than it does, so they are left alone."""
-    return type(module) is nn.Linear or isinstance(module, TernaryLinear) or is_conv1d(module)
+    return type(module) is nn.Linear or isinstance(module, TernaryLinear | FakeGroupedLinear) or is_conv1d(module)
 
 
 def targets(model: nn.Module) -> list[str]:
-    """Names of the linear maps that become ternary (also of those that already train for it), in the model's order.
+    """Names of the linear maps that get the grid (also of those that already train for one), in the model's order.
 
     Raises:
         ArtifactError: there are none.
@@ -94,7 +95,7 @@ def targets(model: nn.Module) -> list[str]:
     ends = _ends(model)
     found = [name for name, module in _modules(model) if _is_map(module) and not kind_of(name) and name not in ends]
     if not found:
-        what, where = "no linear layers that could become ternary", type(getattr(model, "hf", model)).__name__
+        what, where = "no linear layers that could be made small", type(getattr(model, "hf", model)).__name__
         remedy = "it is packed already" if is_packed(model) else "give a model made of nn.Linear or Conv1D maps"
         raise ArtifactError(what, where=where, remedy=remedy)
     return found
@@ -131,7 +132,7 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether some of it is packed (:func:`packed`, or read from a packed artifact)."""
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    return any(isinstance(module, PackedLinear | GroupedLinear | GroupedEmbedding) for module in model.modules())
 
 
 def is_fake(model: nn.Module) -> bool:
@@ -140,9 +141,42 @@ def is_fake(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
+def plan_of(name: str, plan: MapPlan) -> MapPlan:
+    """The grid of one map: that of the plan, unless the plan spares it."""
+    if isinstance(plan, TernaryPlan) and not set(plan.spared).isdisjoint(name.split(".")):
+        return plan.spared_groups
+    return plan
+
+
+def plans_of(model: nn.Module, plan: MapPlan) -> dict[str, MapPlan]:
+    """The grid of every map in :func:`targets`, by name.
+
+    Raises:
+        ArtifactError: there are no maps.
+        ConfigError: no name has any of the parts that are to be spared, or all maps are spared.
+    """
+    found = {name: plan_of(name, plan) for name in targets(model)}
+    if isinstance(plan, TernaryPlan) and plan.spared:
+        if all(isinstance(one, TernaryPlan) for one in found.values()):
+            told, remedy = " or ".join(map(repr, plan.spared)), "leave it empty: ternary.spared=[]"
+            raise ConfigError(f"no map has {told} in its name", where="ternary.spared", remedy=remedy)
+        if not any(isinstance(one, TernaryPlan) for one in found.values()):
+            raise ConfigError("spares every map", where="ternary.spared", remedy="spare fewer, or use int4 or int8")
+    return found
+
+
+def image(weight_RC: Tensor, plan: MapPlan) -> Ternary | Grouped:
+    """A weight on the grid of the linear maps, as files hold it.
+
+    Raises:
+        ArtifactError: weights that are not finite, or a scale beyond float16.
+    """
+    return ternary_of(weight_RC, plan) if isinstance(plan, TernaryPlan) else round_groups(weight_RC, plan)
+
+
 def fake_quantised(
     model: nn.Module,
-    plan: TernaryPlan,
+    plan: MapPlan,
     groups: GroupPlan | None,
     strength: float = 1.0,
     statistics: Mapping[str, InputStatistics] | None = None,
@@ -166,12 +200,17 @@ def fake_quantised(
     if is_fake(model):
         what, remedy = "trains for a grid already", "use set_strength, or restored(model) first"
         raise ArtifactError(what, where=type(getattr(model, "hf", model)).__name__, remedy=remedy)
-    names = targets(model)
-    gains = {name: _first_gain(model.get_submodule(name), name, plan, statistics) for name in names}
-    for name in names:
-        new = TernaryLinear(model.get_submodule(name), plan, strength, gains[name])
+    plans = plans_of(model, plan)
+    gains = {name: _first_gain(model.get_submodule(name), name, one, statistics) for name, one in plans.items()}
+    ends = grouped_targets(model) if groups else ()
+    for name, one in plans.items():
+        source = model.get_submodule(name)
+        if isinstance(one, TernaryPlan):
+            new: nn.Module = TernaryLinear(source, one, strength, gains[name])
+        else:
+            new = FakeGroupedLinear(source, one, strength)
         swap(model, name, new.train(model.training))
-    for name in grouped_targets(model) if groups else ():
+    for name in ends:
         source = model.get_submodule(name)
         kind = FakeGroupedEmbedding if isinstance(source, nn.Embedding) else FakeGroupedLinear
         swap(model, name, kind(source, groups, strength).train(model.training))
@@ -179,7 +218,7 @@ def fake_quantised(
 
 
 def _first_gain(
-    source: nn.Module, name: str, plan: TernaryPlan, statistics: Mapping[str, InputStatistics] | None
+    source: nn.Module, name: str, plan: MapPlan, statistics: Mapping[str, InputStatistics] | None
 ) -> Tensor | None:
     """Where the gain of a map's sub-layer norm starts; None if it gets none."""
     if not wants_sub_norm(plan) or not f".{name}".endswith(tuple(f".{end}" for end in SUB_NORMED)):
@@ -192,7 +231,7 @@ def _first_gain(
     return torch.full((columns,), seen.mean_rms if seen is not None and seen.mean_rms else 1.0)
 
 
-def wants_sub_norm(plan: TernaryPlan) -> bool:
+def wants_sub_norm(plan: MapPlan) -> bool:
     """Whether the plan asks for sub-layer norms."""
     return getattr(plan, "sub_norm", False)
 
@@ -242,21 +281,21 @@ def _plain(module: nn.Module) -> nn.Module:
         plain = nn.Embedding(*module.latent.shape, module.padding_idx, device="meta")
         plain.weight = module.latent
         return plain
-    if isinstance(module, TernaryLinear) and module.transposed:
+    weight = module.weight if isinstance(module, TernaryLinear) else module.latent
+    if module.transposed:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            plain = Conv1D(*reversed(module.weight.shape))
-        plain.weight, plain.bias = module.weight, module.bias
+            plain = Conv1D(*reversed(weight.shape))
+        plain.weight, plain.bias = weight, module.bias
         return plain
-    weight = module.weight if isinstance(module, TernaryLinear) else module.latent
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight, plain.bias = weight, module.bias
     return plain
 
 
 @torch.no_grad()
-def packed(model: nn.Module, plan: TernaryPlan, groups: GroupPlan | None) -> nn.Module:
+def packed(model: nn.Module, plan: MapPlan, groups: GroupPlan | None) -> nn.Module:
     """A copy that runs from packed weights, in eval mode and float32: exactly what a packed artifact holds.
 
     What is neither ternary nor grouped has the values of float16, as on disk (:func:`rest_dtype`).
@@ -269,18 +308,16 @@ def packed(model: nn.Module, plan: TernaryPlan, groups: GroupPlan | None) -> nn.
     Raises:
         ArtifactError: no linear layers, or weights that are not finite; names the tensor.
     """
-    names, gains = targets(model), _gains(model)  # refuses before the copy is paid for
+    plans, gains = plans_of(model, plan), _gains(model)  # refuses before the copy is paid for
     if wants_sub_norm(plan) != bool(gains):
         what = f"has {'' if gains else 'no '}sub-layer norms, the plan {'does not want' if gains else 'wants'} them"
         raise ArtifactError(what, where="sub_norm", remedy="pack with the plan that it was trained with")
     copied = _restored(copy.deepcopy(model)).float().eval().requires_grad_(False)
     ends = grouped_targets(copied) if groups else []
-    for name in names:
-        source = copied.get_submodule(name)
-        conv = is_conv1d(source)
-        ternary = _named(name, ternary_of, source.weight.T if conv else source.weight, plan)
-        new = PackedLinear.from_ternary(ternary, source.bias, plan, conv)
-        new.gain = gains[name].float().clone() if name in gains else None
+    for name, one in plans.items():
+        new = _packed_map(name, copied.get_submodule(name), one)
+        if name in gains:
+            new.gain = gains[name].float().clone()
         swap(copied, name, new)
     tables: dict[int, GroupedEmbedding] = {}
     for name in sorted(ends, key=lambda one: not isinstance(copied.get_submodule(one), nn.Embedding)):
@@ -298,23 +335,34 @@ def packed(model: nn.Module, plan: TernaryPlan, groups: GroupPlan | None) -> nn.
     return copied.eval()
 
 
+def _packed_map(name: str, source: nn.Module, plan: MapPlan) -> PackedLinear | GroupedLinear:
+    """The packed module of a linear map."""
+    conv = is_conv1d(source)
+    found = _named(name, image, source.weight.T if conv else source.weight, plan)
+    if isinstance(found, Ternary):
+        return PackedLinear.from_ternary(found, source.bias, plan, conv)
+    new = GroupedLinear(found, source.bias)
+    new.transposed = conv
+    return new
+
+
 @torch.no_grad()
-def dequantised(model: nn.Module, plan: TernaryPlan, groups: GroupPlan | None) -> nn.Module:
+def dequantised(model: nn.Module, plan: MapPlan, groups: GroupPlan | None) -> nn.Module:
     """A copy made of plain modules whose weights lie on the grids: for training on, and for code that wants floats.
 
-    Its ternary weights are exact in float16. Packed again with the same plans it gives the same codes, and with
-    ``activation_bits`` 0 it computes what the packed model computes.
+    Its ternary weights are exact in float16 (those of other grids in float32). Packed again with the same plans it
+    gives the same codes, and where activations are not rounded it computes what the packed model computes.
 
     Raises:
         ArtifactError: as :func:`packed`; or the model has sub-layer norms.
     """
-    names = targets(model)
+    plans = plans_of(model, plan)
     copied = restored(copy.deepcopy(model))
     done: set[int] = set()
-    for name in names:
+    for name, one in plans.items():
         source = copied.get_submodule(name)
         conv = is_conv1d(source)
-        dense_RC = _named(name, ternary_of, source.weight.T if conv else source.weight, plan).dense()
+        dense_RC = _named(name, image, source.weight.T if conv else source.weight, one).dense()
         source.weight.copy_(dense_RC.T if conv else dense_RC)
         done.add(id(source.weight))
     for name in grouped_targets(copied) if groups else ():
@@ -375,13 +423,15 @@ def round_rest(model: nn.Module, but: Iterable[int] = ()) -> None:
 def sizes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's stored tensors in memory, by what becomes or has become of them, and in total.
 
-    A plain or training model is split as :func:`packed` with groups would split it, at its present width.
+    A plain or training model is split as :func:`packed` with groups would split it (a plain one for the ternary grid),
+    at its present width.
     """
     parts: Counter[str] = Counter(dict.fromkeys(("ternary", "grouped", "half", "float32"), 0))
     packed_ones = quantised_modules(model).items()
     low = {name: "ternary" if isinstance(module, PackedLinear) else "grouped" for name, module in packed_ones}
     if not low:
         low = dict.fromkeys(targets(model), "ternary") | dict.fromkeys(grouped_targets(model), "grouped")
+        low |= {name: "grouped" for name, module in _modules(model) if isinstance(module, FakeGroupedLinear)}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:

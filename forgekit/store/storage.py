@@ -79,10 +79,11 @@ class ModelStorage:
             ResourceError: disk full, or no permission.
         """
         from forgekit.models.io import write_model
+        from forgekit.quant.model import logical_parameters
 
         self.registry.update_session(session_id)  # before the work: the session must exist
         given = {key: value for key, value in metadata.items() if key not in _MADE_HERE}
-        counted = {"parameters": sum(p.numel() for p in model.parameters()), "environment": _environment()}
+        counted = {"parameters": logical_parameters(model), "environment": _environment()}
         manifest = Manifest.describe(session_id, phase_name, model_name, {**counted, **given, "size_mb": 0.0})
         folder = self.model_path(session_id, phase_name, model_name)
         extras = extras or ArtifactExtras(metrics=metadata.get("metrics"))

@@ -146,10 +146,59 @@ QUIETSTAR: tuple[Row, ...] = (
     ("handoff/to_phase4", "bool", "phase", "whether the thinker satisfies phase 4's contract"),
 )
 
+# Phase 4 of the sources (V2 specification, 2.4.7); the rows under bitnet/ are those of the sources' first version, the
+# last ones are ours.
+BITNET: tuple[Row, ...] = (
+    ("compression/original_size_mb", "MB", "phase", "the parent's weights in float32 / 2**20"),
+    ("compression/compressed_size_mb", "MB", "phase", "the packed file's weights on disk / 2**20, header included"),
+    ("compression/compression_ratio", "1", "phase", "the first over the second"),
+    ("compression/layers_compressed", "maps", "phase", "linear maps that became ternary"),
+    ("compression/layers_preserved", "maps", "phase", "embeddings and maps that did not: 4 to 8 bits, or float16"),
+    ("compression/sparsity_ratio", "share", "phase", "ternary weights that are zero"),
+    ("compression/threshold", "1", "phase", "scales above which a weight is not zero"),
+    ("quality/pre_compression_perplexity", "1/token", "phase", "the parent's perplexity, report split"),
+    ("quality/post_compression_perplexity", "1/token", "phase", "after rounding, without training"),
+    ("quality/perplexity_degradation_percent", "%", "phase", "what rounding without training added"),
+    ("quality/post_finetuning_perplexity", "1/token", "phase", "of the ternary model that is handed on"),
+    ("quality/final_degradation_percent", "%", "phase", "what it has more than the parent"),
+    ("quality/perplexity_recovery_percent", "%", "phase", "what training took away of it; null: nothing added"),
+    ("quality/accuracy_recovery_percent", "%", "phase", "lost answers that training brought back; null: none lost"),
+    ("quality/pre_accuracy", "share", "phase", "the parent's right answers, report split"),
+    ("quality/post_accuracy", "share", "phase", "those of the ternary model that is handed on"),
+    ("quality/accuracy_retention", "1", "phase", "skill after over skill before, both corrected for chance"),
+    ("performance/inference_speedup", "1", "phase", "tokens per second packed over float32, one row, same run"),
+    ("performance/memory_reduction", "1", "phase", "bytes of weights held in memory, float32 over packed"),
+    ("performance/calibration_time_seconds", "s", "phase", "reading the calibration rows and choosing the threshold"),
+    ("phase/duration_seconds", "s", "phase", "wall-clock time of the phase"),
+    ("phase/success", "bool", "phase", "whether the phase finished and its outputs are valid"),
+    ("phase/finetuned", "bool", "phase", "whether the model handed on was trained after rounding"),
+    ("bitnet/compression_ratio", "1", "phase", "as compression/compression_ratio"),
+    ("bitnet/accuracy_retention", "1", "phase", "as quality/accuracy_retention"),
+    ("bitnet/inference_speedup", "1", "phase", "as performance/inference_speedup"),
+    ("bitnet/memory_reduction", "1", "phase", "as performance/memory_reduction"),
+    ("bitnet/sparsity_ratio", "share", "phase", "as compression/sparsity_ratio"),
+    ("bitnet/quantization_error", "1", "phase", "mean distance of a weight from its place on the grid"),
+    ("bitnet/calibration_samples", "rows", "phase", "rows of training data that were calibrated on"),
+    ("bitnet/memory/peak_mb", "MB", "phase", "packed weights and the state of one decoded row / 2**20"),
+    ("bitnet/memory/allocated_mb", "MB", "phase", "packed weights in memory / 2**20"),
+    ("bitnet/speed/latency_p50_ms", "ms", "phase", "median time of a decoded token, packed, one row"),
+    ("bitnet/speed/latency_p95_ms", "ms", "phase", "95th percentile of the same"),
+    ("bitnet/speed/throughput_fps", "tokens/s", "phase", "tokens decoded per second, packed, one row"),
+    ("train/loss", "nats/token", "step", "cross-entropy of this step, on the grid"),
+    ("train/divergence", "nats/token", "step", "KL from the parent's distribution, on the grid"),
+    ("train/strength", "1", "step", "how far the weights are on the grid: 1 is fully"),
+    ("baseline/{untrained,int8,int4,same_bytes}_accuracy", "share", "phase", "right answers of the comparison"),
+    ("baseline/{untrained,int8,int4,same_bytes}_perplexity", "1/token", "phase", "its perplexity"),
+    ("baseline/{untrained,int8,int4,same_bytes}_size_mb", "MB", "phase", "bytes of its weights / 2**20"),
+    ("handoff/from_phase3", "bool", "phase", "whether the parent satisfied phase 4's contract"),
+    ("handoff/to_phase5", "bool", "phase", "whether the dequantised model satisfies phase 5's contract"),
+)
+
 CATALOGUES = Registry("metrics")
 CATALOGUES.lazy("cognate", f"{__name__}:COGNATE")
 CATALOGUES.lazy("evomerge", f"{__name__}:EVOMERGE")
 CATALOGUES.lazy("quietstar", f"{__name__}:QUIETSTAR")
+CATALOGUES.lazy("bitnet", f"{__name__}:BITNET")
 
 
 def catalogue(phase: str) -> dict[str, Metric]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no system Chromium: in
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("report")
-    storage = sample.sample_session(home / "storage", phases=3)
+    storage = sample.sample_session(home / "storage", phases=4)
     path = home / "report.html"
     path.write_text(html_page(collect(storage, sample.SESSION)), encoding="utf-8")
     return path
@@ -132,6 +133,64 @@ def test_on_a_phone_a_control_keeps_its_numbers_named_below_each_other(page):
     assert not first.locator(".empty").is_visible(), "with thoughts loses nothing of its own gain"
 
 
+def test_models_are_drawn_where_their_bytes_and_answers_say(page):
+    sheet = page()
+    drawn = sheet.locator("svg.spots")
+    ticks = drawn.locator("> text")
+    boxes = {ticks.nth(i).text_content(): ticks.nth(i).bounding_box() for i in range(ticks.count())}
+    up = {text: box["y"] + box["height"] / 2 for text, box in boxes.items()}
+    unit = (up["0"] - up["100"]) / 100
+    right = {text: box["x"] + box["width"] / 2 for text, box in boxes.items()}
+    tenfold = (right["2 MB"] - right["1 MB"]) / 0.30103
+    for name, size, low, share, high in (("ternary", 345e3, 88.7, 91.5, 93.7), ("same bytes", 338e3, 18.9, 22, 25.5)):
+        spot = drawn.locator("svg.spot", has=sheet.locator("text", has_text=name))
+        mark, span = spot.locator("circle").bounding_box(), spot.locator("line").first.bounding_box()
+        centre = (mark["x"] + mark["width"] / 2, mark["y"] + mark["height"] / 2)
+        assert abs(centre[0] - right["1 MB"] - math.log10(size / 1e6) * tenfold) < 3, name
+        assert abs(centre[1] - up["0"] + share * unit) < 3, name
+        assert abs(span["height"] - (high - low) * unit) < 3 and abs(span["y"] - up["0"] + high * unit) < 3, name
+
+
+@pytest.mark.parametrize("width", [1280, 760, 390])
+def test_names_of_models_lie_on_nothing(page, width):
+    names = page(width).locator("svg.spot text")
+    boxes = [names.nth(i).bounding_box() for i in range(names.count())]
+    assert len(boxes) == 6
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            apart = one["x"] >= other["x"] + other["width"] or other["x"] >= one["x"] + one["width"]
+            lower, upper = sorted((one["y"], other["y"]), reverse=True)
+            assert apart or lower - upper > 10
+
+
+def test_on_a_phone_a_model_keeps_its_numbers_named_and_what_is_missing_is_left_out(page):
+    sheet = page(390)
+    row = sheet.locator("#bitnet .measures tbody tr", has_text="int4, not trained").first
+    boxes = [row.locator(place).first.bounding_box() for place in ("th", "td.n")]
+    assert boxes[0]["y"] < boxes[1]["y"] and row.get_by_role("cell").count() == 4
+    assert row.locator(".empty").count() == 1 and not row.locator(".empty").is_visible(), "it was not timed"
+    named = row.locator("td.n").evaluate_all("cells => cells.map(c => getComputedStyle(c, '::before').content)")
+    assert len(named) == 5 and all("none" not in name for name in named)
+    timed = sheet.locator("#bitnet .measures tbody tr", has=sheet.locator("td.draw")).first
+    assert timed.locator(".draw").bounding_box()["width"] > 250
+    small = [sheet.locator("figure.small").nth(i).bounding_box() for i in range(2)]
+    assert small[0]["y"] == small[1]["y"] and small[0]["x"] + small[0]["width"] <= small[1]["x"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_verdict_stands_above_its_numbers_and_can_be_read(page, scheme):
+    sheet = page(scheme=scheme)
+    judged, tiles = sheet.locator("#bitnet .judged"), sheet.locator("#bitnet .tiles")
+    assert "10.3 times smaller; 97 % of the skills kept" in judged.text_content()
+    below = judged.bounding_box()["y"] + judged.bounding_box()["height"]
+    assert below <= tiles.bounding_box()["y"] and tiles.locator("li").count() == 4
+    shades = tiles.locator("li").first.evaluate(
+        "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e.querySelector('strong')).color]"
+    )
+    light, dark = (sum(map(int, shade[4:-1].split(","))) for shade in shades)
+    assert abs(light - dark) > 400
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_thought_stands_back_behind_its_answer(page, scheme):
     sheet = page(scheme=scheme)
@@ -147,7 +206,7 @@ def test_a_thought_stands_back_behind_its_answer(page, scheme):
 def test_every_link_leads_to_a_heading(page):
     sheet = page()
     links = sheet.locator("nav a")
-    assert links.count() == 9
+    assert links.count() == 10
     for place in range(links.count()):
         target = links.nth(place).get_attribute("href")
         assert sheet.locator(f"{target} h2").first.text_content(), target

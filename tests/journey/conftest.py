@@ -46,13 +46,20 @@ class Journey:
         return self.run["results"]["quietstar"]
 
     @property
+    def ternary(self) -> dict[str, Any]:
+        """Phase 4's result."""
+        return self.run["results"]["bitnet"]
+
+    @property
     def evidence(self) -> list[dict[str, Any]]:
         """Everything that was claimed, in the order of the phases."""
         return [item for result in self.run["results"].values() for item in result["evidence"]]
 
     def folder(self, model: str) -> Path:
-        """The artifact folder of ``trunk``, of a specialist, of the champion or of the thinker."""
-        phase = {"champion": "phase2_evomerge", "thinker": "phase3_quietstar"}.get(model, "phase1_cognate")
+        """The artifact folder of a model, by its name."""
+        later = {"champion": "phase2_evomerge", "thinker": "phase3_quietstar"}
+        later |= dict.fromkeys(("ternary", "ternary_dense"), "phase4_bitnet")
+        phase = later.get(model, "phase1_cognate")
         return self.home / "storage" / "sessions" / self.session / phase / model
 
 

@@ -65,8 +65,10 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
         logger: PhaseLogger = pipeline.phase("cognate")
         merging: PhaseLogger = pipeline.phase("evomerge")
         thinking: PhaseLogger = pipeline.phase("quietstar")
+        ternary: PhaseLogger = pipeline.phase("bitnet")
     assert len(logger.catalogue) > 30 and len(merging.catalogue) > 600 and len(thinking.catalogue) > 80
-    assert logger.missing() == [] and thinking.missing() == []
+    assert len(ternary.catalogue) > 40
+    assert logger.missing() == [] and thinking.missing() == [] and ternary.missing() == []
     made = journey.merged["metrics"]["phase/generations_completed"]
     assert made >= 1
     later = [
@@ -77,13 +79,14 @@ def test_every_metric_of_the_catalogue_was_emitted(journey):
 
 def test_models_lists_all_and_they_descend_from_the_trunk(ask, journey):
     rows = ask("models", "--session", journey.session)
-    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS, "champion", "thinker"}
+    assert {r["model_name"] for r in rows} == {"trunk", *SPECIALISTS, "champion", "thinker", "ternary", "ternary_dense"}
     trunk = journey.result["artifacts"]["trunk"]
     assert [r["model_id"] for r in ask("models", "--tag", "trunk")] == [trunk]
     for model_id in journey.result["artifacts"]["all_models"]:
         assert ask("model", model_id, "--info")["ancestors"] == [trunk]
     info = ask("model", trunk)
     made = {*journey.result["artifacts"]["all_models"], journey.merged["model"], journey.thinking["model"]}
+    made |= {journey.ternary["artifacts"]["packed"], journey.ternary["artifacts"]["dense"]}
     assert info["ancestors"] == [] and set(info["descendants"]) == made
     champion = ask("model", journey.merged["model"])
     assert set(champion["ancestors"]) == {trunk, *journey.result["artifacts"]["all_models"]}
@@ -99,7 +102,7 @@ def test_status_phases_logs_and_plan_speak_json(ask, journey):
     phases = ask("phases")
     assert [p["number"] for p in phases] == list(range(1, 9)) and phases[0]["built"]
     plan = ask("plan", "--profile", journey.profile)
-    assert plan["phases"] == ["cognate", "evomerge", "quietstar"] and plan["disk_bytes"] > 0
+    assert plan["phases"] == ["cognate", "evomerge", "quietstar", "bitnet"] and plan["disk_bytes"] > 0
     assert [s["stage"] for s in plan["stages"] if s["phase"] == "cognate"] == ["trunk", *SPECIALISTS]
     assert sum(plan["model"]["split"].values()) == plan["model"]["parameters"]
 
@@ -112,7 +115,8 @@ def test_logs_are_json_lines_that_begin_and_end_with_the_session(forge, journey)
     assert {"torch", "cpu_capability", "threads"} <= events[0]["data"]["environment"].keys()
     some = forge("--storage", journey.home / "storage", "logs", "--kind", "trained")
     further = journey.thinking["artifacts"]["chosen"] == "step 2"  # then the control without thoughts goes on too
-    assert len(some.out.splitlines()) == 4 + 4 + further, "trunk and specialists; two steps and their controls"
+    pieces = 4 + 4 + further + len(journey.ternary["metrics"]["losses"])
+    assert len(some.out.splitlines()) == pieces, "trunk and specialists; two steps and their controls; phase 4's"
 
 
 def test_tables_for_people_name_what_json_names(forge, journey):
@@ -158,7 +162,7 @@ def test_chat_on_a_terminal_obeys_slash_commands(forge, journey, monkeypatch):
 def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, monkeypatch):
     storage = ("--storage", journey.home / "storage")
     asked = json.loads(forge(*storage, "chat", "copy 4", "--json", "--max-tokens", "3").out)
-    assert asked["model"].endswith("thinker")
+    assert asked["model"].endswith("ternary_dense")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for model in (journey.result["model"], journey.folder("trunk")):
         assert forge(*storage, "chat", model).code == 0
@@ -169,7 +173,7 @@ def test_run_for_people_ends_with_evidence_a_gate_and_a_conversation(forge, copy
     done = forge("--storage", copy.home / "storage", "run", "--resume", copy.session[:8])
     assert done.code == 0, done.err
     assert "trunk learned copy" in done.out and "a short conversation" in done.out
-    assert all(f"gate {phase}" in done.err for phase in ("cognate", "evomerge", "quietstar"))
+    assert all(f"gate {phase}" in done.err for phase in ("cognate", "evomerge", "quietstar", "bitnet"))
     assert "next: agent-forge report" in done.err
     assert "already finished" in done.err
 
@@ -197,7 +201,7 @@ def test_resuming_a_finished_session_makes_nothing_again(forge, copy):
 def test_validate_is_content_then_names_the_one_changed_file(forge, copy):
     storage = ("--storage", copy.home / "storage")
     good = forge(*storage, "validate", "--json")
-    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 6
+    assert good.code == 0 and [r["result"] for r in json.loads(good.out)] == ["ok"] * 8
     weights = copy.folder("reasoning") / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1

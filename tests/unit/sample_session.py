@@ -27,8 +27,9 @@ def claim(text: str, verdict: str, **changes: Any) -> dict[str, Any]:
 
 
 def folder(storage: ModelStorage, phase: int = 1) -> Path:
-    """The folder of phase 1, 2 or 3."""
-    return storage.session_path(SESSION) / ("phase1_cognate", "phase2_evomerge", "phase3_quietstar")[phase - 1]
+    """The folder of phase 1, 2, 3 or 4."""
+    names = ("phase1_cognate", "phase2_evomerge", "phase3_quietstar", "phase4_bitnet")
+    return storage.session_path(SESSION) / names[phase - 1]
 
 
 def model(storage: ModelStorage, name: str, phase: str, second: int, parents: list[str]) -> str:
@@ -223,6 +224,66 @@ def phase_3(thinker: str, champion: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sizes() -> list[dict[str, Any]]:
+    """The models of phase 4 in their order."""
+    rows = [
+        ("parent", 3_540_000, (0.94, 0.915, 0.958), 46.6),
+        ("ternary", 345_000, (0.915, 0.887, 0.937), 47.7),
+        ("ternary, not trained", 345_000, (0.13, 0.105, 0.16), 90.9),
+        ("int8, not trained", 956_000, (0.94, 0.915, 0.958), 46.6),
+        ("int4, not trained", 587_000, (0.93, 0.904, 0.95), 47.1),
+        ("full precision, same bytes", 338_000, (0.22, 0.189, 0.255), 120.5),
+    ]
+    keys = ("accuracy", "low", "high")
+    return [
+        {"model": name, "bytes": taken, "ratio": rows[0][1] / taken, **dict(zip(keys, shares)), "n": 600,
+         "perplexity": perplexity, "bits_per_byte": 2.25}
+        for name, taken, shares, perplexity in rows
+    ]  # fmt: skip
+
+
+def phase_4(packed: str, dense: str, thinker: str) -> dict[str, Any]:
+    """``result.json`` of phase 4, whose gate said no."""
+    evidence = [
+        claim("skills, with grace", "no-difference", metric="skills_with_grace", before=0.92, after=0.915, n=600,
+              ci95=[-0.017, 0.007]),
+        claim("text, with grace", "improved", metric="bits_per_token_with_grace", chance=None, before=5.68, after=5.58,
+              ci95=[-0.13, -0.08], n=64),
+        claim("training brings back what rounding lost", "improved", before=0.13, after=0.915, ci95=[0.75, 0.82],
+              n=600),
+    ]  # fmt: skip
+    levels = {row["model"]: {"sort/1": 1.0, "sort/2": 0.95, "sort/10": 0.9, "add/3": 0.9} for row in sizes()}
+    levels["ternary"] |= {"sort/10": 0.6, "add/3": 0.95, "sort/2": 0.9}
+    levels["ternary, not trained"] |= {"sort/1": 0.2, "sort/10": 0.0}
+    metrics: dict[str, Any] = {"models": sizes(), "levels": levels, "recovery": {"skills": 0.969, "perplexity": 0.975}}
+    metrics["speed"] = {
+        "parent": {"tokens_per_second": 600.0, "blocks": [590.0, 600.0, 620.0]},
+        "ternary": {"tokens_per_second": 840.0, "blocks": [800.0, 840.0, 850.0]},
+    }
+    metrics["select"] = {"parent": 0.945, "ternary, not trained": 0.14, "ternary": 0.92}
+    metrics["losses"] = {
+        "ternary": [2.0, 1.8, 1.6, 1.5] * 50,
+        "same bytes": [7.0 - step / 50 for step in range(200)],
+    }
+    metrics |= {"quality/accuracy_retention": 0.966, "performance/inference_speedup": 1.4, "phase/finetuned": True}
+    metrics |= {"performance/memory_reduction": 8.66, "compression/sparsity_ratio": 0.33, "phase/success": True}
+    said = "skills, with grace: no-difference (skills_with_grace 0.92 to 0.915, 95 % interval of the change "
+    reasons = [f"no: skills, with grace needs improved; {said}[-0.017, +0.007], n=600)"]
+    reasons += ["yes: text, with grace needs improved; text, with grace: improved (bits_per_token_with_grace …)"]
+    reasons += ["no: perplexity grew by 12.3 %, 10 % is allowed"]
+    artifacts = {"all_models": [dense], "model_names": ["ternary_dense"], "packed": packed, "dense": dense}
+    artifacts |= {"chosen": "ternary", "on_grid": True, "parent": thinker}
+    artifacts |= {"gate": {"passed": False, "reasons": reasons}}
+    artifacts["conversation"] = [
+        {"model": "ternary", "asked": "sort 312", "thought": "", "answered": "123", "expected": "123", "right": True}
+    ]
+    return {
+        "key": {"config": "8" * 64, "inputs": [thinker], "data": ""}, "success": True, "model": dense,
+        "phase_name": "bitnet", "metrics": metrics, "artifacts": artifacts, "duration_seconds": 130.0,
+        "config": {}, "error": None, "start_time": "", "end_time": "", "evidence": evidence,
+    }  # fmt: skip
+
+
 def write_result(storage: ModelStorage, phase: int, result: dict[str, Any]) -> Path:
     """Put ``result.json`` in its place."""
     path = folder(storage, phase) / "result.json"
@@ -232,9 +293,9 @@ def write_result(storage: ModelStorage, phase: int, result: dict[str, Any]) -> P
 
 
 def sample_session(root: Path, phases: int = 2, status: str = "completed") -> ModelStorage:
-    """A store with one session: three phases, two, the first one, or (0) a session that has only begun."""
+    """A store with one session: four phases, three, two, the first one, or (0) a session that has only begun."""
     storage = ModelStorage(root)
-    planned = ("cognate", "evomerge", "quietstar")[: max(2, phases)]
+    planned = ("cognate", "evomerge", "quietstar", "bitnet")[: max(2, phases)]
     profile = {"name": "nano", "gate": "fall_back", "phases": {name: {} for name in planned}}
     storage.registry.create_session({"profile": profile, "data": None, "until": None}, SESSION)
     if phases:
@@ -248,5 +309,10 @@ def sample_session(root: Path, phases: int = 2, status: str = "completed") -> Mo
     if phases >= 3:
         thinker = model(storage, "thinker", "quietstar", 12, [champion])
         write_result(storage, 3, phase_3(thinker, champion))
+    if phases >= 4:
+        both = [
+            model(storage, name, "bitnet", 14 + i, [thinker]) for i, name in enumerate(("ternary", "ternary_dense"))
+        ]
+        write_result(storage, 4, phase_4(*both, thinker))
     storage.registry.update_session(SESSION, status=status)
     return storage

@@ -153,7 +153,7 @@ def test_config_edit_refuses(forge, monkeypatch, command, target, told):
         (("data", "show", "nosuch"), "unknown dataset 'nosuch'"),
         (("data", "show", "gym:sort", "--level", "11"), "level 11 is not in 1..10"),
         (("data", "show", "gym:sorting"), "unknown gym family 'sorting'; did you mean sort"),
-        (("plan", "--profile", "pico", "--until", "bitnet"), "profile 'pico' has no settings for phase 'bitnet'"),
+        (("plan", "--profile", "pico", "--until", "experts"), "profile 'pico' has no settings for phase 'experts'"),
         (("chat", "--temperature", "-1"), "chat: temperature: value -1.0 refused"),
         (("chat", "--top-p", "2", "hi"), "chat: top_p: value 2.0 refused"),
     ],

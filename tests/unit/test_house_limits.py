@@ -20,6 +20,7 @@ MANY_PARAMETERS = {
     "agent_forge/cli/commands_handon.py: export": "the parameters of a command are its options",
     "agent_forge/cli/commands_serve.py: merge": "the parameters of a command are its options",
     "agent_forge/cli/commands_serve.py: serve": "the parameters of a command are its options",
+    "agent_forge/cli/commands_quantize.py: quantize": "the parameters of a command are its options",
     "agent_forge/cli/commands_bake.py: bake": "the parameters of a command are its options",
     "agent_forge/cli/commands_talk.py: chat": "the parameters of a command are its options",
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from forgekit.data.tokenizer import question, train_tokenizer
 from forgekit.errors import ArtifactError, ForgeError
-from forgekit.hub import HFTokenizer, read_hf_tokenizer
+from forgekit.hub import HFTokenizer, first_line, read_hf_tokenizer
 from forgekit.infer.chat import Chat, conversation_ids
 from forgekit.infer.engine import Engine, Session
 from forgekit.infer.sampling import SamplingConfig
@@ -21,6 +21,8 @@ from forgekit.models.base import CausalLM, score_at
 from forgekit.models.config import GPTConfig, TRMTitansConfig
 from forgekit.models.constants import IGNORE
 from forgekit.models.io import build_model, parameter_count, read_model, write_model
+from forgekit.quant.config import GroupPlan, TernaryPlan
+from forgekit.quant.model import packed
 
 TOKENIZER = train_tokenizer(["hello world, this is some text with digits 123 and äöü 😀 €. "] * 5, 310)
 V = TOKENIZER.get_vocab_size()
@@ -216,6 +218,16 @@ def test_a_tensor_too_few_or_too_many_is_refused(ours, tmp_path, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="norm.weight" if change == "missing" else "extra"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_transformers_is_told_why_it_cannot_open_a_packed_folder(ours, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_model(packed(read_model(ours)[0], TernaryPlan(), GroupPlan()), TOKENIZER, tmp_path)
+    with pytest.raises(ArtifactError) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: its weights are packed") and "read_model" in caught.value.remedy
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == V, "its tokenizer is one like any other"
 
 
 @pytest.mark.slow
@@ -455,6 +467,24 @@ def test_a_wrapped_model_writes_itself_and_its_tokenizer(loaded, tmp_path):
     assert tokenizer_again.encode_batch(["hello"])[0].ids == tokenizer.encode("hello").ids
 
 
+def test_the_first_line_of_a_message_is_told_with_what_it_announces():
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError("why:\n  two   spaces\nthree")) == "why: two spaces"
+    assert first_line(ValueError("why:")) == "why:" and first_line(KeyError()) == "KeyError"
+    assert len(first_line(ValueError("x" * 500))) == 200
+
+
+def test_values_that_transformers_refuses_are_told_in_one_line(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_size": 33}))
+    with pytest.raises(ArtifactError, match=r"33\) is not a multiple of the number of attention heads \(4") as caught:
+        read_model(tmp_path)  # an error of huggingface_hub that is no ValueError
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 def test_broken_folders_are_refused_in_one_line(theirs, tmp_path):
     def broken(name, change):
         folder = shutil.copytree(theirs, tmp_path / name)
@@ -479,6 +509,7 @@ def test_broken_folders_are_refused_in_one_line(theirs, tmp_path):
     broken("cut", lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:500]))
     assert "model.norm.weight" in broken("tensor", drop_tensor)
     assert "no_such_model" in broken("type", rename)
+    assert "is no JSON object" in broken("list", lambda f: (f / "config.json").write_text("[]"))
     assert "tokenizer" in broken("tokenizer", lambda f: [p.unlink() for p in f.glob("tokenizer*")])
     assert "tokenizer" in broken("cut-tokenizer", lambda f: (f / "tokenizer.json").write_text("{"))
     with pytest.raises(ArtifactError, match="no tokenizer here"):

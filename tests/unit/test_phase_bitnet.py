@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from scripted import Scripted
 from tiny import VOCAB, Echo, Events, gpt_config, made, same, train_config, trm_config, weights
 
 from agent_forge.phases.bitnet import evidence as ev
-from agent_forge.phases.bitnet.config import BitNetConfig, LossPlan, SpeedPlan
+from agent_forge.phases.bitnet.ahead import Ahead
+from agent_forge.phases.bitnet.config import BitNetConfig, LossPlan, OwnText, SpeedPlan
 from agent_forge.phases.bitnet.data import (
     calibration_rows,
     calibration_text,
@@ -34,11 +36,12 @@ from agent_forge.phases.bitnet.measuring import (
     grid_distance,
     held,
     narrow,
-    rounded,
+    output_error,
     size_of,
     zero_share,
 )
-from agent_forge.phases.bitnet.phase import BitNetPhase
+from agent_forge.phases.bitnet.phase import BitNetPhase, Made
+from agent_forge.phases.bitnet.texts import own_texts
 from agent_forge.phases.bitnet.training import Piece, Student, Workshop
 from agent_forge.pipeline.handoff import CONTRACTS, ModelHandoffValidator
 from agent_forge.pipeline.phase import PhaseContext
@@ -54,7 +57,7 @@ from forgekit.models.constants import IGNORE
 from forgekit.models.io import read_model
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.files import write_packed
-from forgekit.quant.grid import ternarise
+from forgekit.quant.grid import ternarise, weighted_error
 from forgekit.quant.groupwise import round_groups
 from forgekit.quant.model import (
     calibrate,
@@ -138,6 +141,11 @@ def data(tokenizer):
         ({"ternary": {"scale": "max"}}, "phases.bitnet.ternary.scale: value 'max' refused"),
         ({"groups": {"bits": 3}}, "phases.bitnet.groups.bits: value 3 refused"),
         ({"least_ratio": 0.5}, "phases.bitnet.least_ratio: value 0.5 refused"),
+        ({"method": "int3"}, "phases.bitnet.method: value 'int3' refused"),
+        ({"map_group": 0}, "phases.bitnet.map_group: value 0 refused"),
+        ({"own_text": {"paths": []}}, "phases.bitnet.own_text.paths: value [] refused"),
+        ({"loss": {"cross_entropy": 0}, "baselines": {"taught": False}}, "the control has nothing to learn"),
+        ({"ternary": {"sub_norm": True}}, "ternary.sub_norm has no place in the dequantised model"),
         ({"grade": 0.1}, "grade: unknown key; did you mean grace"),
     ],
 )
@@ -153,6 +161,30 @@ def test_the_plan_of_a_run_counts_both_trainings_and_the_parents_reading():
     assert both[0] == {"stage": "ternary", "steps": 3, "tokens": round(4.5 * 3 * 4 * 64), "models": 1}
     alone = config(loss={"divergence": 0}, baselines={"same_bytes": False}).forecast()
     assert len(alone) == 1 and alone[0]["tokens"] == round(3.5 * 3 * 4 * 64)
+    assert both[1]["tokens"] == round((6 / 8 + 1) * 3 * 4 * 64), "as large as the ratio asked for lets it be"
+    untaught = config(baselines={"taught": False}, method="int4").forecast()
+    assert [row["stage"] for row in untaught] == ["int4", "control of the same bytes"]
+    assert untaught[1]["tokens"] == round(6 / 5 * 3 * 4 * 64), "the parent does not read for it"
+    assert config(finetune_above=1.0).forecast() == []
+
+
+def test_a_method_is_a_grid_a_name_and_a_ratio():
+    assert config().grid == TernaryPlan() and config().made == "ternary" and config().ratio_asked == 8
+    assert config(method="int8").grid == GroupPlan(bits=8) and config(method="int8").made == "int8"
+    four = config(method="int4", map_group=64, least_ratio=6.5)
+    assert four.grid == GroupPlan(bits=4, group=64) and four.ratio_asked == 6.5
+    assert (config(method="int8").ratio_asked, config(method="int4").ratio_asked) == (3.5, 5.0)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("int4", 4)])
+def test_the_ratios_asked_for_can_be_reached(method, bits, tmp_path):
+    """By a model whose embedding takes two fifths of its parameters, with embedding and maps in groups of 32."""
+    shape = gpt_config(vocab_size=2048, d_model=128, n_layers=2, ffn_hidden=512)
+    model = made(shape)
+    assert 0.35 < 2048 * 128 / shape.parameters() < 0.45
+    size = write_packed(model, None, tmp_path, config(method=method).grid, GroupPlan())["total"]
+    ratio = bytes_float32(model) / size
+    assert config(method=method).ratio_asked < ratio < 32 / (bits + 0.5)
 
 
 # Data
@@ -179,9 +211,99 @@ def test_text_of_a_row_and_its_next_token_is_enough(tokenizer):
         calibration_text(tokenizer, ["dog"], len(tokens))
 
 
-def test_nobody_knows_what_the_parent_can_do(tokenizer):
-    with pytest.raises(DataError, match="phases.bitnet.skills: nobody knows what the parent can do; name it: --set"):
-        prepare(config(), tokenizer, [], TextPlan(), None)
+def test_where_nobody_knows_what_the_parent_can_do_there_are_no_questions(tokenizer, data, monkeypatch):
+    monkeypatch.setattr("agent_forge.phases.bitnet.data.load_texts", lambda plan, folder: (TEXTS, [], ["a note"]))
+    found = prepare(config(), tokenizer, [], TextPlan(), None)
+    assert found.select == found.report == [] and found.mix == ()
+    assert found.notes == ["a note", "nobody knows what the model can do: it is judged by text alone"]
+    for share in (0.2, 0.0):
+        mixture = practice(config(practice={"text": share}), found, ())
+        assert [type(source) for source, _ in mixture.sources] == [TextSource], "text is all there is to learn"
+        assert mixture.batch(0).supervised == 4 * 64
+
+
+TEXTS = {"train": [WORDS], "select": [WORDS[:900]], "report": [WORDS[900:2000]]}
+
+
+# Text of the user
+
+
+def lines(count: int, seed: int = 0) -> str:
+    """Lines of words, each line another."""
+    rng = np.random.default_rng(seed)
+    words = ["ship", "sea", "stone", "light", "bread", "green", "walks", "under", "river", "seven", "cold", "open"]
+    return "".join(" ".join(rng.choice(words, 12)) + f" {i} {seed}\n" for i in range(count))
+
+
+def split_of_text(folder: Path, **content: str) -> tuple[dict[str, list[str]], list[dict], list[str]]:
+    for name, text in content.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return own_texts(OwnText(paths=tuple(str(folder / f"{name}.txt") for name in content)))
+
+
+def test_text_of_the_user_is_divided_whole_and_disjoint(tmp_path):
+    text = lines(300)
+    parts, provenance, notes = split_of_text(tmp_path, mine=text)
+    pieces = [piece for split in parts.values() for piece in split]
+    assert len(set(pieces)) == len(pieces) and set("\n".join(pieces).split("\n")) == set(text.split("\n")), (
+        "lines stay whole"
+    )
+    shares = {split: len("".join(found)) / len(text) for split, found in parts.items()}
+    assert shares == pytest.approx({"train": 0.7, "select": 0.1, "report": 0.2}, abs=0.03)
+    assert provenance[0]["path"] == str(tmp_path / "mine.txt") and len(provenance[0]["sha256"]) == 64
+    assert "1 documents" in notes[0] and "train" in notes[1]
+
+
+def test_which_split_a_piece_is_in_does_not_depend_on_its_place(tmp_path):
+    first, second = ((tmp_path / name).mkdir() or tmp_path / name for name in ("a", "b"))
+    documents = [lines(8, seed) for seed in range(80)]
+    for folder, order in ((first, documents), (second, documents[::-1])):
+        (folder / "all.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in order), encoding="utf-8")
+    found = [own_texts(OwnText(paths=(str(folder),)))[0] for folder in (first, second)]
+    assert found[0] == found[1] and {len(one) for one in found[0].values()} == {56, 8, 16}
+
+
+def test_what_is_repeated_is_in_one_split_only(tmp_path):
+    parts, _, notes = split_of_text(tmp_path, once=lines(200), again=lines(200))
+    pieces = [piece for split in parts.values() for piece in split]
+    assert len(set(pieces)) == len(pieces) and len("".join(pieces)) <= 1.05 * len(lines(200))
+    whole = [line for line in lines(40).split("\n") if line]
+    quoting = [lines(6, seed) + (whole[seed % 40] + "\n" if seed % 2 else "") for seed in range(1, 120)]
+    path = tmp_path / "quotes.jsonl"
+    path.write_text("\n".join(json.dumps({"text": one}) for one in quoting), encoding="utf-8")
+    parts = own_texts(OwnText(paths=(str(path),)))[0]
+    learned = {line for piece in parts["train"] for line in piece.split("\n")}
+    held = [line for split in ("select", "report") for piece in parts[split] for line in piece.split("\n") if line]
+    assert held and not learned & set(held), "a line of training text that is quoted elsewhere drops the quoting piece"
+    path.write_text("\n".join(json.dumps({"text": one + whole[0]}) for one in quoting), encoding="utf-8")
+    with pytest.raises(DataError, match="has 13 words in a row of the training pieces; give text that repeats itself"):
+        own_texts(OwnText(paths=(str(path),)))
+
+
+def test_long_text_is_taken_from_all_its_places(tmp_path):
+    (tmp_path / "long.txt").write_text(lines(4000), encoding="utf-8")
+    plan = OwnText(paths=(str(tmp_path / "long.txt"),), bytes=20_000)
+    parts = own_texts(plan)[0]
+    pieces = [piece for split in parts.values() for piece in split]
+    numbers = sorted(int(line.split()[-2]) for piece in pieces for line in piece.splitlines())
+    assert 15_000 < sum(map(len, pieces)) <= 20_000
+    assert numbers[0] < 800 and numbers[-1] > 3200
+
+
+def test_rows_of_questions_are_text_too(tmp_path):
+    rows = [{"prompt": f"what is {i}", "answer": lines(2, i)} for i in range(60)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    parts = own_texts(OwnText(paths=(str(tmp_path / "qa.jsonl"),)))[0]
+    assert any("what is 7 " in piece for split in parts.values() for piece in split)
+
+
+def test_the_hash_of_the_data_changes_with_the_text(tokenizer, tmp_path):
+    found = set()
+    for text in (lines(300), lines(300), lines(301)):
+        (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+        settings = config(own_text={"paths": [str(tmp_path / "mine.txt")]})
+        found.add(prepare(settings, tokenizer, [], TextPlan(), None).data_hash)
+    assert len(found) == 2
 
 
 def test_settings_name_the_skills_before_the_manifest_does(tokenizer):
@@ -289,6 +411,20 @@ def test_only_the_latent_weights_learn():
     assert not any(name.startswith("parent") for name in one.state_dict())
 
 
+def test_without_the_divergence_the_parent_is_neither_kept_nor_asked():
+    class Silent(torch.nn.Module):
+        def forward(self, *args):
+            raise AssertionError("the parent was asked")
+
+    one = Student(made(gpt_config(), stir=0.1), Silent(), LossPlan(divergence=0), 10)
+    loss = one.training_loss(IDS, LABELS)
+    at = LABELS.flatten() != IGNORE
+    nats = F.nll_loss(one.model(IDS).logits.flatten(0, 1)[at].log_softmax(-1), LABELS.flatten()[at])
+    torch.testing.assert_close(loss.total, nats)
+    assert one.parent is None and "divergence" not in loss.parts
+    assert next(one.double().parameters()).dtype == torch.float64, "it moves without one, too"
+
+
 def test_a_full_precision_student_of_its_own_parent_has_nothing_to_learn_from_it():
     model = made(gpt_config(), stir=0.1)
     one = Student(model, made(gpt_config(), stir=0.1), LossPlan(cross_entropy=0), 10)
@@ -392,24 +528,6 @@ def test_finished_pieces_are_taken_over_and_damaged_ones_made_again(tmp_path):
 # Measuring
 
 
-def test_rounded_maps_are_on_their_grid_and_bytes_are_counted():
-    model = made(gpt_config(), stir=0.1)
-    maps, ends = GroupPlan(bits=4, group=8), GroupPlan(bits=8, group=8)
-    copied, size = rounded(model, maps, ends)
-    for name in targets(model):
-        expected = round_groups(model.get_submodule(name).weight, maps).dense()
-        assert torch.equal(copied.get_submodule(name).weight, expected), name
-    assert torch.equal(copied.embedding.table.weight, round_groups(model.embedding.table.weight, ends).dense())
-    matrices = [model.get_submodule(name).weight for name in targets(model)]
-    low = sum(w.numel() // 2 + 2 * w.numel() // 8 for w in matrices)
-    table = model.embedding.table.weight.numel()
-    rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in matrices) - table
-    buffers = sum(b.numel() for n, b in model.state_dict().items() if n not in dict(model.named_parameters()))
-    assert size == low + table + 2 * table // 8 + 2 * (rest + buffers)
-    eight, larger = rounded(model, GroupPlan(bits=8), None)
-    assert larger > size and torch.allclose(eight(IDS).logits, model(IDS).logits, atol=0.05)
-
-
 def test_a_narrow_model_takes_as_many_bytes(tmp_path):
     shape = gpt_config(vocab_size=320, d_model=64, n_layers=3, ffn_hidden=256)
     model = made(shape)
@@ -437,10 +555,34 @@ def test_zeros_and_distances_are_those_of_the_matrices():
     images = {name: ternarise(model.get_submodule(name).weight, plan) for name in targets(model)}
     zeros = sum(int((one.codes_RC == 0).sum()) for one in images.values())
     count = sum(one.codes_RC.numel() for one in images.values())
-    assert zero_share(packed(model, plan, None)) == pytest.approx(zeros / count)
+    assert zero_share(packed(model, plan, GroupPlan()), targets(model)) == pytest.approx(zeros / count)
     away = sum(float((model.get_submodule(n).weight - one.dense()).abs().sum()) for n, one in images.items())
-    assert grid_distance(model, plan) == pytest.approx(away / count, rel=1e-5)
-    assert grid_distance(fake_quantised(model, plan, None), plan) == pytest.approx(away / count, rel=1e-5)
+    assert grid_distance(model, plan) == pytest.approx(away / count, rel=1e-3), "files have scales of float16"
+    assert grid_distance(fake_quantised(model, plan, None), plan) == grid_distance(made(gpt_config(), stir=0.1), plan)
+
+
+def test_zeros_and_distances_of_eight_bits_are_those_of_the_matrices():
+    model, plan = made(gpt_config(), stir=0.1), GroupPlan(bits=4, group=8)
+    with torch.no_grad():
+        model.blocks[0].ffn.up.weight[:4].zero_()
+    images = {name: round_groups(model.get_submodule(name).weight, plan) for name in targets(model)}
+    codes = torch.cat([one.codes_RC.flatten() for one in images.values()])
+    zeros = float((codes == 0).float().mean())
+    assert zeros > 0.05 and zero_share(packed(model, plan, GroupPlan()), targets(model)) == pytest.approx(zeros)
+    away = sum(float((model.get_submodule(n).weight - one.dense()).abs().sum()) for n, one in images.items())
+    assert grid_distance(model, plan) == pytest.approx(away / len(codes), rel=1e-5)
+    assert grid_distance(fake_quantised(model, plan, None), plan) == pytest.approx(away / len(codes), rel=1e-5)
+
+
+def test_the_error_of_outputs_is_measured_where_tokens_came():
+    model = made(gpt_config(), stir=0.1)
+    statistics = calibrate(model, [IDS])
+    errors = [output_error(model, plan, statistics) for plan in (GroupPlan(bits=8), GroupPlan(bits=4), TernaryPlan())]
+    assert 0 < errors[0] < errors[1] / 50 < errors[2]
+    name = targets(model)[0]
+    W_RC, moment_C = model.get_submodule(name).weight, statistics[name].second_moment_C
+    expected = weighted_error(W_RC, round_groups(W_RC, GroupPlan(bits=4)), moment_C)
+    assert output_error(model, GroupPlan(bits=4), {name: statistics[name]}) == pytest.approx(expected)
 
 
 def test_decoding_is_timed_in_turns_and_what_is_kept_is_counted():
@@ -449,9 +591,10 @@ def test_decoding_is_timed_in_turns_and_what_is_kept_is_counted():
     assert {name: len(row) for name, row in speed.rates.items()} == {"a": 3, "b": 3}
     assert len(speed.milliseconds["a"]) == 15 and speed.rate("a") > 0
     keys_and_values = 2 * 2 * (3 + 5) * 16 * 4  # layers, keys and values, tokens, width, bytes
-    assert keys_and_values <= speed.state["a"] == speed.state["b"] < keys_and_values + 400
+    assert keys_and_values <= speed.state["a"] == speed.state["b"] < 4 * keys_and_values, "with room for more"
     one = torch.zeros(10)
     assert held({"x": [one, one], "y": (one,), "z": "text", "w": None}) == 40, "each once"
+    assert held([one[:3], one[5:], torch.zeros(2)]) == 48, "two views of one, and another"
 
 
 def test_who_does_not_think_is_scored_as_it_would_answer(tokenizer, data):
@@ -483,6 +626,45 @@ def test_who_thinks_decides_by_itself_about_what(tokenizer):
     assert cut.thinking_tokens <= 3, "the budget closes it"
 
 
+# Ahead
+
+
+def test_readings_are_made_beside_or_afterwards_and_are_the_same():
+    threads, found = torch.get_num_threads(), []
+    shown = reading(1.0, n=3)
+
+    def look() -> tuple[Reading, int]:
+        found.append((threading.current_thread().name, torch.get_num_threads()))
+        return shown, 7
+
+    for apart in (True, False):
+        with Ahead(apart) as ahead:
+            ahead.read("b", look)
+            ahead.read("a", look)
+            assert list(ahead.collect().items()) == [("b", (shown, 7)), ("a", (shown, 7))], "in the order of asking"
+        assert torch.get_num_threads() == threads
+    assert [name.startswith("ahead") for name, _ in found] == [True, True, False, False]
+    assert [count for _, count in found[:2]] == [1, 1]
+
+
+def test_what_goes_wrong_beside_is_told_here_and_what_is_not_wanted_is_left():
+    begun = []
+
+    def wrong():
+        raise DataError("is empty", where="text", remedy="give some")
+
+    with pytest.raises(DataError, match="is empty"), Ahead(True) as ahead:
+        ahead.read("a", wrong)
+        ahead.collect()
+    gate = threading.Event()
+    threading.Timer(0.1, gate.set).start()  # so long the first one holds the thread
+    with pytest.raises(KeyboardInterrupt), Ahead(True) as ahead:
+        ahead.read("slow", lambda: (gate.wait(5), 0))
+        ahead.read("never", lambda: begun.append(1))
+        raise KeyboardInterrupt
+    assert not begun
+
+
 # Evidence
 
 
@@ -490,6 +672,9 @@ def reading(right: float, bits: float = 40.0, n: int = 2000) -> Reading:
     ok = np.zeros(n)
     ok[: round(right * n)] = 1
     return Reading(ok, np.zeros(n), TextScores(np.full(30, bits), np.full(30, 20.0)), 10)
+
+
+SMALLER = ev.smaller(ev.TERNARY)
 
 
 def finals(after: float = 1.0, bits: float = 40.0, **changes) -> Finals:
@@ -515,17 +700,27 @@ def noes(given: Finals) -> list[str]:
 def test_what_went_well_passes_the_gate():
     decision, claims = decided(finals())
     assert decision.passed, decision.reasons
-    assert claims[ev.TRAINED].verdict == claims[ev.SMALL].verdict == claims[ev.SMALL_TEXT].verdict == "improved"
-    assert claims[ev.AGAINST[ev.INT8]].verdict == "no-difference"
+    won = (ev.TRAINED, SMALLER, ev.smaller(ev.TERNARY, text=True))
+    assert {claims[claim].verdict for claim in won} == {"improved"}
+    assert claims[ev.against(ev.TERNARY, ev.INT8)].verdict == "no-difference"
     assert claims[ev.SKILLS].baseline == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize(("after", "passes"), [(0.995, True), (0.982, False), (0.97, False)])
-def test_skills_may_lose_a_little_if_that_is_certain(after, passes):
+@pytest.mark.parametrize(("after", "passes"), [(0.995, True), (0.982, True), (0.977, False), (0.95, False)])
+def test_what_was_mastered_may_lose_two_points(after, passes):
     told, (_, claims) = noes(finals(after)), decided(finals(after))
     assert (not told) == passes
-    assert (claims[ev.KEPT].verdict == "improved") == (claims[ev.STRONG].verdict == "improved") == passes
-    assert all(ev.KEPT in reason or ev.STRONG in reason for reason in told)
+    sure = {0.995: "improved", 0.982: "no-difference", 0.977: "no-difference", 0.95: "worse"}
+    assert claims[ev.STRONG].verdict == sure[after] and claims[ev.KEPT].verdict == "improved"
+    points = f"no: {100 - 100 * after:.1f} points of the mastered skills are lost, 2 are allowed"
+    assert passes or told[-1] == points
+    assert any(ev.STRONG in reason for reason in told) == (after == 0.95), "certain that more was lost"
+
+
+@pytest.mark.parametrize(("after", "passes"), [(0.93, True), (0.905, False), (0.85, False)])
+def test_nine_tenths_of_the_skills_are_kept_for_certain(after, passes):
+    told = noes(finals(after, strong=frozenset()))
+    assert (not told) == passes and all(ev.KEPT in reason for reason in told)
 
 
 def test_each_measure_says_no_by_how_much():
@@ -550,6 +745,105 @@ def test_rounding_that_was_enough_is_not_asked_to_have_been_trained():
     readings = {**finals().readings, ev.UNTRAINED: finals().readings[ev.TERNARY]}
     decision, claims = decided(finals(readings=readings, trained=False))
     assert decision.passed and ev.TRAINED not in claims and ev.STRONG in claims
+
+
+def test_what_training_brings_back_is_measured_where_it_was_lost():
+    kept = {**finals().readings, ev.UNTRAINED: reading(1.0, 60.0)}
+    given = finals(readings=kept, forgot=False)
+    decision, claims = decided(given)
+    assert decision.passed and claims[ev.TRAINED].metric == "bits_per_byte"
+    assert decided(finals())[1][ev.TRAINED].metric == "exact_match"
+    little = finals(bits=46.0, readings={**kept, ev.TERNARY: reading(1.0, 46.0)}, forgot=False)
+    told = [reason for reason in noes(little) if reason.startswith("no: training")]
+    assert little.perplexity_recovery == pytest.approx((2**6 - 2**4.6) / (2**6 - 2**4))
+    assert told == [] and noes(finals(readings={**kept, ev.TERNARY: reading(1.0, 56.0)}, forgot=False))[-1] == (
+        "no: training brought back 32.3 % of what rounding lost, 60 % is asked for"
+    )
+
+
+def text_only(after: float = 40.0, windows: int = 30, **changes) -> Finals:
+    """Measurements of a model of which nobody knows skills."""
+    bits = {ev.PARENT: 40.0, "int8": after, "int8, not trained": after, ev.INT4: 42.0, ev.UNTRAINED: 60.0}
+    none = np.zeros(0)
+    scores = {name: TextScores(np.full(windows, value), np.full(windows, 20.0)) for name, value in bits.items()}
+    readings = {name: Reading(none, none, found, 10) for name, found in scores.items()}
+    sizes = dict.fromkeys(readings, 1000) | {ev.PARENT: 4000}
+    values = {"problems": (), "mix": (), "readings": readings, "sizes": sizes, "strong": frozenset(), "trained": False}
+    return Finals(**{**values, "compute": {}, "made": "int8", "forgot": False, **changes})
+
+
+def judged(given: Finals):
+    settings = config(method="int8", least_ratio=3.5)
+    found = ev.measure(settings, given)
+    return ev.decide(settings, "fall_back", found, given), {item.claim: item for item in found}
+
+
+def test_without_questions_only_text_is_claimed():
+    decision, claims = judged(text_only())
+    assert decision.passed, decision.reasons
+    assert list(claims) == [ev.TEXT_KEPT, ev.TEXT, "int8 against int4", "int8 against ternary, not trained"]
+    assert {item.metric for item in claims.values()} == {"bits_per_token_with_grace", "bits_per_byte"}
+    assert claims["int8 against int4"].verdict == "improved"
+    given = text_only()
+    assert given.retention is given.recovery is None and ev.levels(given) == {}
+    row = ev.models(given)[1]
+    assert row["model"] == "int8" and row["accuracy"] is row["low"] is row["high"] is None and row["n"] == 0
+
+
+def test_without_questions_the_gate_still_says_no_by_how_much():
+    reasons = [one for one in judged(text_only(42.0))[0].reasons if one.startswith("no")]
+    assert "no: perplexity grew by 14.9 %, 10 % is allowed" in reasons and ev.TEXT_KEPT in reasons[0]
+    few = [one for one in judged(text_only(windows=19))[0].reasons if one.startswith("no")]
+    assert few[-1] == "no: too few windows of text to tell: 19, it takes 20"
+    heavy = text_only(sizes={**text_only().sizes, "int8": 1200})
+    assert "no: 3.33 times smaller than float32, 3.5 is asked for" in judged(heavy)[0].reasons
+
+
+def test_few_questions_are_told_apart_from_a_parent_at_chance():
+    short = {name: reading(1.0 if name != ev.UNTRAINED else 0.0, n=10) for name in finals().readings}
+    given = finals(readings=short, problems=finals().problems[:10])
+    told = noes(given)
+    assert "no: too few questions to tell: 10, it takes 20" in told
+    assert not any("above chance" in reason and reason.startswith("no: skills: ") for reason in told)
+
+
+def made_of(select: dict[str, Reading], forgot: bool = True, latent: bool = True) -> Made:
+    latent = torch.nn.Linear(1, 1) if latent else None
+    return Made("ternary", TernaryPlan(), 1, select, frozenset(), forgot, latent)
+
+
+@pytest.mark.parametrize(
+    ("rounded", "after", "forgot", "trained"),
+    [
+        ((0.5, 50.0), (0.9, 60.0), True, True),
+        ((0.5, 50.0), (0.5, 60.0), True, True),
+        ((0.5, 50.0), (0.4, 40.0), True, False),
+        ((1.0, 50.0), (0.9, 45.0), False, True),
+        ((1.0, 50.0), (1.0, 55.0), False, False),
+    ],
+)
+def test_what_is_handed_on_is_decided_by_what_rounding_cost(rounded, after, forgot, trained):
+    select = {ev.PARENT: reading(1.0), ev.UNTRAINED: reading(*rounded), ev.TERNARY: reading(*after)}
+    found = made_of(select, forgot)
+    assert found.trained is trained and found.chosen == (ev.TERNARY if trained else ev.UNTRAINED)
+    assert found.right == {name: one.accuracy for name, one in select.items()}
+    assert made_of(select, forgot, latent=False).chosen == ev.UNTRAINED
+
+
+@pytest.mark.parametrize(
+    ("changes", "rounded", "needed"),
+    [
+        ({"finetune_above": 0.1}, (0.95, 40.0), False),
+        ({"finetune_above": 0.1}, (0.85, 40.0), True),
+        ({"finetune_above": 0.1}, (1.0, 42.0), True),
+        ({"finetune_above": 1.0}, (0.0, 90.0), False),
+    ],
+)
+def test_training_is_done_where_rounding_costs_too_much(changes, rounded, needed):
+    settings, after = config(**changes), reading(*rounded)
+    forgot = after.accuracy < 1 - settings.finetune_above
+    found = made_of({ev.PARENT: reading(1.0), ev.UNTRAINED: after}, forgot)
+    assert BitNetPhase(settings, None)._needed(found) is needed
 
 
 def test_tables_for_people():
@@ -674,9 +968,6 @@ def test_it_takes_exactly_one_model_that_can_be_rounded(tmp_path, thinker):
         told = f"phase bitnet: {len(models)} models given, it takes one; give one model: --from MODEL"
         assert str(caught.value) == told
     phase.validate_input([given])
-    unknown = thinker(tmp_path)[2]
-    with pytest.raises(ConfigError, match="phases.bitnet.skills: nobody knows what the model can do; name it: --set"):
-        phase.validate_input([unknown])
     small = thinker(tmp_path, packed(made(SHAPE), TernaryPlan(), None), speciality=SKILLS, parameters=1)[2]
     with pytest.raises(ArtifactError, match="it is packed already"):
         phase.validate_input([small])
@@ -696,7 +987,7 @@ def test_rounding_that_costs_little_is_not_trained(tmp_path, thinker):
     assert result.metrics["phase/finetuned"] is False and result.metrics["losses"] == {}
     assert result.metrics["quality/post_accuracy"] == result.metrics["quality/pre_accuracy"]
     assert result.metrics["quality/final_degradation_percent"] == pytest.approx(0, abs=0.5)
-    assert not any(e.claim in (ev.TRAINED, ev.SMALL) for e in result.evidence)
+    assert not any(e.claim in (ev.TRAINED, SMALLER) for e in result.evidence)
 
 
 def test_a_second_start_finds_what_the_first_one_saved(done, thinker):
@@ -740,11 +1031,9 @@ def test_a_model_of_another_house_is_made_ternary(tmp_path):
     session = storage.registry.create_session({})
     with pytest.MonkeyPatch.context() as patch, PipelineLogger(storage.session_path(session), session) as pipeline:
         patch.setitem(CATALOGUES._items, "bitnet", BITNET)
-        phase = controller(tmp_path, storage, session, config(most_perplexity=0.0), pipeline.phase("bitnet"))
-        with pytest.raises(ConfigError, match="nobody knows what the model can do"):
-            phase.validate_input([given])
         settings = config(most_perplexity=0.0, skills=SKILLS)
-        result = controller(tmp_path, storage, session, settings, pipeline.phase("bitnet")).run([given])
+        phase = controller(tmp_path, storage, session, settings, pipeline.phase("bitnet"))
+        result = phase.run([given])
         assert pipeline.phase("bitnet").missing() == []
     small, _ = read_model(storage.resolve(result.artifacts["packed"]))
     dense, _ = read_model(storage.resolve(result.artifacts["dense"]))

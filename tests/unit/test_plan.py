@@ -94,7 +94,7 @@ def test_a_small_model_is_measured_as_it_is(built):
 
 
 def test_a_forecast_of_a_phase_that_does_not_exist_is_refused_before_it_measures(built):
-    for until in ("bitnet", "cognat"):
+    for until in ("experts", "cognat"):
         with pytest.raises(ConfigError):
             forecast_run(load_profile("pico"), until)
     assert built == []

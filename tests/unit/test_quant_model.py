@@ -159,7 +159,7 @@ def test_a_model_without_linear_layers_is_refused():
             self.embedding, self.norm = nn.Embedding(4, 4), nn.LayerNorm(4)
 
     for act in (targets, sizes, lambda m: packed(m, PLAN, None), lambda m: fake_quantised(m, PLAN, None)):
-        with pytest.raises(ArtifactError, match="^Bare: no linear layers that could become ternary; give a model"):
+        with pytest.raises(ArtifactError, match="^Bare: no linear layers that could be made small; give a model"):
             act(Bare())
     with pytest.raises(ArtifactError, match="it is packed already"):
         packed(packed(model_of("gpt"), PLAN, None), PLAN, None)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer import kernels
 from forgekit.infer.kernels import cpu, plain
+from forgekit.infer.kernels.llvm_grouped import digits_bytes
 from forgekit.infer.kernels.llvm_ternary import FLAVOURS, token_bytes
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.grid import fake_activations, fake_ternary, quantise_activations, ternarise
@@ -213,17 +214,21 @@ def test_callers_in_several_threads_do_not_disturb_each_other():
 
 @needs_llvm
 @pytest.mark.parametrize("flavour", flavours(), ids=lambda f: f.name)
-def test_nothing_is_written_outside_the_output(flavour):
+@pytest.mark.parametrize("normed", [False, True])
+def test_nothing_is_written_outside_the_output(flavour, normed):
     rows, columns, batch = 7, 70, 5
     _, packed_RP, scale_R = weights(rows, columns)
     x_BC = tokens(batch, columns)
     code = cpu.ternary(flavour)[1]
     out = torch.full((batch * rows + 32,), 7.0)
-    scratch = torch.full((batch * (token_bytes(flavour, columns) + 8) + 64,), 9, dtype=torch.uint8)
-    places = [packed_RP, scale_R, x_BC, out[16:], scratch[32:]]
-    code.call(*[p.data_ptr() for p in places], batch, rows, columns, 1)
+    scratch = torch.full((batch * token_bytes(flavour, columns) + 64,), 9, dtype=torch.uint8)
+    table = torch.tensor([packed_RP.data_ptr(), scale_R.data_ptr(), rows])
+    gain_C = torch.ones(columns) if normed else None
+    places = [x_BC.data_ptr(), gain_C.data_ptr() if normed else 0, out[16:].data_ptr(), scratch[32:].data_ptr()]
+    code.call(table.data_ptr(), 1, *places, batch, columns, 1)
     assert (out[:16] == 7).all() and (out[-16:] == 7).all() and (scratch[:32] == 9).all() and (scratch[-32:] == 9).all()
-    assert torch.equal(out[16:-16].view(batch, rows), cpu.ternary_matmul(packed_RP, scale_R, x_BC))
+    right = cpu.TernaryMaps([(packed_RP, scale_R)], columns)(x_BC, gain_C)
+    assert torch.equal(out[16:-16].view(batch, rows), right)
 
 
 @pytest.mark.parametrize("group", [1, 16, 20, 32, 64, 128, 160, 512])
@@ -241,7 +246,7 @@ def test_group_wise_products_equal_the_dense_ones(forced, shape, group):
 def test_byte_products_of_a_head_are_as_exact_as_float32(flavour, monkeypatch):
     compiled = cpu.digits(flavour)
     monkeypatch.setattr(cpu, "digits", lambda: compiled)
-    for rows, columns in [(1, 64), (3, 128), (37, 192), (130, 512)]:
+    for rows, columns in [(1, 64), (3, 128), (37, 192), (130, 512), (9, 60), (7, 68), (5, 100), (37, 216)]:
         grouped = round_groups(torch.randn(rows, columns), GroupPlan())
         exact_RC = grouped.dense().double()
         for batch in (1, 2, 4, 5, 9):
@@ -253,8 +258,28 @@ def test_byte_products_of_a_head_are_as_exact_as_float32(flavour, monkeypatch):
             assert ((got.double() - x_BC.double() @ exact_RC.T).abs() <= limit).all()
 
 
+@needs_llvm
+@pytest.mark.parametrize("flavour", [f for f in flavours() if f.whole], ids=lambda f: f.name)
+@pytest.mark.parametrize("columns", [68, 128, 216])
+def test_a_head_reads_and_writes_nothing_outside_its_tensors(flavour, columns):
+    rows, batch = 7, 5
+    grouped, x_BC = round_groups(torch.randn(rows, columns), GroupPlan()), tokens(batch, columns)
+    codes = torch.full((64 + rows * columns + 64,), 77, dtype=torch.int8)
+    codes[64:-64] = grouped.codes_RC.flatten()
+    groups = grouped.scale_RG.shape[1]
+    scale = torch.full((64 + rows * groups + 64,), float("nan"), dtype=torch.float16)
+    scale[64:-64] = grouped.scale_RG.flatten()
+    x, out = torch.full((64 + batch * columns + 64,), float("nan")), torch.full((batch * rows + 32,), 7.0)
+    x[64:-64] = x_BC.flatten()
+    scratch = torch.full((batch * digits_bytes(columns) + 128,), 9, dtype=torch.uint8)
+    places = [codes[64:], scale[64:], x[64:], out[16:], scratch[64:]]
+    cpu.digits(flavour).call(*[p.data_ptr() for p in places], batch, rows, columns, 1)
+    assert (out[:16] == 7).all() and (out[-16:] == 7).all() and (scratch[:64] == 9).all() and (scratch[-64:] == 9).all()
+    torch.testing.assert_close(out[16:-16].view(batch, rows), x_BC @ grouped.dense().T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("columns", [64, 70])
+@pytest.mark.parametrize("columns", [64, 70, 72])
 def test_heads_do_not_hide_what_is_not_finite(forced, bad, columns):
     grouped = round_groups(torch.randn(9, columns), GroupPlan())
     x_BC = tokens(3, columns)

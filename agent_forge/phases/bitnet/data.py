@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agent_forge.phases.bitnet.config import BitNetConfig
+from agent_forge.phases.bitnet.texts import own_texts
 from forgekit.data.batches import Batch, Mixture, PackedSource, ProblemSource, TextSource, encode_texts
 from forgekit.data.gym import Problem
 from forgekit.data.plans import GymMix, TextPlan, minus
@@ -31,11 +32,12 @@ class BitNetData:
 
     Attributes:
         tokenizer: the parent's.
-        mix: what the parent can do.
+        mix: what the parent can do; empty where nobody knows.
         select, report: questions of it by split.
         windows: held-out text, by split.
         tokens: text to train on.
         data_hash: over text and questions.
+        provenance: of every set or file of text.
         notes: sentences for people.
     """
 
@@ -46,6 +48,7 @@ class BitNetData:
     windows: dict[str, TextWindows]
     tokens: np.ndarray
     data_hash: str
+    provenance: list[dict[str, Any]]
     notes: list[str]
 
 
@@ -57,33 +60,55 @@ def prepare(
     Args:
         config: the phase's settings.
         tokenizer: the parent's.
-        practised: what its manifest says it can do.
+        practised: what its manifest says it can do; the settings count before it.
         first: phase 1's text, which is taken unless the settings name another.
         folder: a data folder, or None.
 
     Raises:
-        DataError: nobody knows what the parent can do; the text is empty or shorter than the context.
+        DataError: the text is empty or shorter than the context.
     """
     mix = minus(config.skills or tuple(practised), ())
+    own = config.own_text
+    texts, provenance, notes = own_texts(own) if own is not None else load_texts(config.text or first, folder)
     if not mix:
-        remedy = 'name it: --set phases.bitnet.skills=[{family="sort"}]'
-        raise DataError("nobody knows what the parent can do", where="phases.bitnet.skills", remedy=remedy)
-    texts, provenance, notes = load_texts(config.text or first, folder)
+        notes = [*notes, "nobody knows what the model can do: it is judged by text alone"]
     plan = config.evaluation
     digest = hashlib.sha256(f"{[part.model_dump() for part in mix]}{provenance}".encode())
-    for text in texts["train"]:
-        digest.update(text.encode() + b"\0")
-    windows = {split: cut_windows(tokenizer, texts[split], plan.length, plan.windows) for split in ("select", "report")}
+    for split in sorted(texts):
+        for text in texts[split]:
+            digest.update(text.encode() + b"\0")
+    tokens, windows = cut_text(config, tokenizer, texts)
     return BitNetData(
         tokenizer=tokenizer,
         mix=mix,
         select=held_out(mix, plan.select, "select"),
         report=held_out(mix, plan.problems, "report"),
         windows=windows,
-        tokens=calibration_text(tokenizer, texts["train"], config.train.seq_len),
+        tokens=tokens,
         data_hash=digest.hexdigest(),
+        provenance=provenance,
         notes=notes,
     )
+
+
+def cut_text(
+    config: BitNetConfig, tokenizer: Any, texts: Mapping[str, Sequence[str]]
+) -> tuple[np.ndarray, dict[str, TextWindows]]:
+    """Token ids to calibrate and train on, and windows to measure on by split.
+
+    Args:
+        config: the phase's settings.
+        tokenizer: the parent's.
+        texts: by split.
+
+    Raises:
+        DataError: not enough text for a row of training, or for a window of a held-out split.
+    """
+    plan = config.evaluation
+    tokens = calibration_text(tokenizer, texts["train"], config.train.seq_len)
+    return tokens, {
+        split: cut_windows(tokenizer, texts[split], plan.length, plan.windows) for split in ("select", "report")
+    }
 
 
 def calibration_text(tokenizer: Any, texts: Sequence[str], length: int) -> np.ndarray:
@@ -122,7 +147,8 @@ def thought_about(problems: Sequence[Problem], thought: np.ndarray) -> frozenset
 
 
 def practice(config: BitNetConfig, data: BitNetData, thinks: Collection[Cell]) -> Mixture:
-    """Training batches: what the parent thinks about with thoughts, its other skills, and text.
+    """Training batches: what the parent thinks about with thoughts, its other skills, and text; text alone where
+    nobody knows what it can do.
 
     Args:
         config: the phase's settings.
@@ -143,8 +169,8 @@ def practice(config: BitNetConfig, data: BitNetData, thinks: Collection[Cell]) -
         rest = plan.skills
     if others and rest:
         sources.append((ProblemSource(tokenizer, draw(others, plan.pool, plan.seed)), rest))
-    if plan.text:
-        sources.append((TextSource(data.tokens, plan.text_labels), plan.text))
+    if plan.text or not sources:
+        sources.append((TextSource(data.tokens, plan.text_labels), plan.text or 1.0))
     return Mixture(tuple(sources), train.rows, train.seq_len, train.seed)
 
 

@@ -5,7 +5,6 @@ Shapes: R rows, C columns of a matrix, N questions.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 import time
@@ -29,12 +28,11 @@ from forgekit.models.base import parameter_count
 from forgekit.models.budget import solve_budget
 from forgekit.models.config import FAMILIES, GPTConfig
 from forgekit.models.io import build_model
-from forgekit.quant.config import GroupPlan, TernaryPlan
+from forgekit.quant.config import MapPlan, TernaryPlan
 from forgekit.quant.files import write_packed
-from forgekit.quant.grid import ternarise, weighted_error
-from forgekit.quant.groupwise import round_groups
-from forgekit.quant.layers import is_conv1d
-from forgekit.quant.model import InputStatistics, grouped_targets, rest_dtype, round_rest, targets
+from forgekit.quant.grid import weighted_error
+from forgekit.quant.layers import PackedLinear, is_conv1d
+from forgekit.quant.model import InputStatistics, image, plans_of
 
 ROOM = 24
 """Tokens of an answer, after its thought where there is one."""
@@ -50,7 +48,7 @@ class Reading:
     """What a model shows.
 
     Attributes:
-        right: 1.0 where the greedy answer is right, (N,).
+        right: 1.0 where the greedy answer is right, (N,); empty where nothing was asked.
         thought: 1.0 where it thought before, (N,).
         text: bits of held-out text; ``length`` is the tokens of each window.
     """
@@ -61,9 +59,9 @@ class Reading:
     length: int
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return float(self.right.mean())
+    def accuracy(self) -> float | None:
+        """Share of right answers; None where nothing was asked."""
+        return float(self.right.mean()) if len(self.right) else None
 
     @property
     def bits_per_token(self) -> np.ndarray:
@@ -89,6 +87,8 @@ class Asked:
         """Ask a model, greedily. One that thinks decides by itself about what."""
         text = score_windows(model, self.windows)
         length = self.windows.ids.shape[1] - 1
+        if not self.problems:
+            return Reading(np.zeros(0), np.zeros(0), text, length)
         if not self.thinks:  # one forward pass tells what generation would do
             right = score_problems(model, tokenizer, list(self.problems)).right
             return Reading(right, np.zeros(len(right)), text, length)
@@ -129,6 +129,24 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
+def output_error(model: nn.Module, plan: MapPlan, statistics: Mapping[str, InputStatistics]) -> float:
+    """Share of the energy of a map's outputs that its rounding changes, mean over the maps that calibration reached.
+
+    Args:
+        model: plain.
+        plan: the grid.
+        statistics: of :func:`forgekit.quant.model.calibrate`.
+    """
+    found = []
+    for name, one in plans_of(model, plan).items():
+        if name not in statistics:
+            continue
+        W_RC = matrix(model.get_submodule(name))
+        moment_C = statistics[name].second_moment_C.to(W_RC.device)
+        found.append(weighted_error(W_RC, image(W_RC, one), moment_C))
+    return float(np.mean(found))
+
+
 def chosen_threshold(
     model: nn.Module, plan: TernaryPlan, statistics: Mapping[str, InputStatistics], candidates: Sequence[float]
 ) -> tuple[TernaryPlan, dict[str, float]]:
@@ -143,61 +161,29 @@ def chosen_threshold(
         statistics: of :func:`forgekit.quant.model.calibrate`.
         candidates: thresholds.
     """
-    seen = {name: model.get_submodule(name) for name in targets(model) if name in statistics}
-    errors = {}
-    for threshold in candidates or (plan.threshold,):
-        one = plan.replace(threshold=threshold)
-        found = [weighted_error(matrix(m), ternarise(matrix(m), one), statistics[n].second_moment_C.to(m.weight.device))
-                 for n, m in seen.items()]  # fmt: skip
-        errors[threshold] = float(np.mean(found))
+    plans = [plan.replace(threshold=threshold) for threshold in candidates or (plan.threshold,)]
+    errors = {one.threshold: output_error(model, one, statistics) for one in plans}
     best = min(errors, key=errors.__getitem__)
     return plan.replace(threshold=best), {f"{threshold:g}": error for threshold, error in errors.items()}
 
 
-def grid_distance(model: nn.Module, plan: TernaryPlan) -> float:
-    """Mean distance of a weight from its place on the ternary grid, over all maps."""
+def grid_distance(model: nn.Module, plan: MapPlan) -> float:
+    """Mean distance of a weight from its place on the grid, over all maps."""
     total = count = 0.0
-    for name in targets(model):
+    for name, one in plans_of(model, plan).items():
         W_RC = matrix(model.get_submodule(name)).float()
-        total += float((W_RC - ternarise(W_RC, plan).dense()).abs().sum())
+        total += float((W_RC - image(W_RC, one).dense()).abs().sum())
         count += W_RC.numel()
     return total / count
 
 
-def zero_share(model: nn.Module) -> float:
-    """Share of the ternary codes of a packed model that are zero."""
-    zeros = count = 0.0
-    for module in model.modules():
-        if hasattr(module, "ternary"):
-            one = module.ternary
-            zeros, count = zeros + one.sparsity * one.codes_RC.numel(), count + one.codes_RC.numel()
+def zero_share(model: nn.Module, maps: Iterable[str]) -> float:
+    """Share of a packed model's codes that are zero, over its linear maps of those names (at least one)."""
+    zeros = count = 0
+    for module in map(model.get_submodule, maps):
+        codes_RC = module.ternary.codes_RC if isinstance(module, PackedLinear) else module.codes
+        zeros, count = zeros + int((codes_RC == 0).sum()), count + codes_RC.numel()
     return zeros / count
-
-
-@torch.no_grad()
-def rounded(model: nn.Module, maps: GroupPlan, ends: GroupPlan | None) -> tuple[nn.Module, int]:
-    """A copy rounded to nearest, group-wise, and the bytes its weights would take.
-
-    Args:
-        model: plain.
-        maps: rounding of the linear maps that would become ternary.
-        ends: rounding of embedding and head; None leaves them in float16.
-    """
-    copied, size, done = copy.deepcopy(model), 0, set()
-    plans = dict.fromkeys(targets(copied), maps) | (dict.fromkeys(grouped_targets(copied), ends) if ends else {})
-    for name, plan in plans.items():
-        module = copied.get_submodule(name)
-        if id(module.weight) in done:
-            continue
-        done.add(id(module.weight))
-        found = round_groups(matrix(module), plan)
-        module.weight.copy_(found.dense().T if is_conv1d(module) else found.dense())
-        rows, columns = found.codes_RC.shape
-        size += rows * -(-columns * plan.bits // 8) + 2 * found.scale_RG.numel()
-    round_rest(copied, done)
-    for name, tensor in unique(copied):
-        size += 0 if id(tensor) in done else tensor.numel() * rest_dtype(name, tensor).itemsize
-    return copied, size
 
 
 def unique(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -300,13 +286,17 @@ def _block(model: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[f
 
 
 def held(value: Any) -> int:
-    """Bytes of all tensors in a value made of containers, dataclasses and plain objects, each once."""
-    seen: dict[int, int] = {}
+    """Bytes behind all tensors in a value made of containers, dataclasses and plain objects, each once: of views what
+    they are views of, spare room included."""
+    seen: set[int] = set()
+    memory: dict[int, int] = {}
 
     def visit(one: Any) -> None:
         if id(one) in seen or isinstance(one, str | bytes | int | float | type | None):
             return
-        seen[id(one)] = one.numel() * one.element_size() if isinstance(one, Tensor) else 0
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            memory[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
         if isinstance(one, Mapping):
             parts: Iterable[Any] = one.values()
         elif isinstance(one, list | tuple):
@@ -319,7 +309,7 @@ def held(value: Any) -> int:
             visit(part)
 
     visit(value)
-    return sum(seen.values())
+    return sum(memory.values())
 
 
 def size_of(model: nn.Module) -> int:

@@ -6,15 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_forge.phases.bitnet.evidence import (
-    INT4,
-    INT8,
-    PARENT,
-    SAME_BYTES,
-    TERNARY,
-    UNTRAINED,
-    Finals,
-)
+from agent_forge.phases.bitnet.evidence import INT4, INT8, PARENT, SAME_BYTES, Finals, untrained
 from agent_forge.phases.bitnet.measuring import Speed
 from agent_forge.pipeline.handoff import validate_models
 from agent_forge.pipeline.phase import PhaseContext
@@ -22,34 +14,33 @@ from agent_forge.pipeline.phase import PhaseContext
 MIB = 2**20
 STEP_PARTS = {"loss": "train/loss", "divergence": "train/divergence", "strength": "train/strength"}
 """What a step of the training on the grid tells, and its name in the catalogue."""
-BASELINES = {"untrained": UNTRAINED, "int8": INT8, "int4": INT4, "same_bytes": SAME_BYTES}
 
 
 def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything measured, by its name in the catalogue.
+    """Everything measured, by its name in the catalogue; None for what was not.
 
     Args:
         finals: of the report split.
-        speed: of parent and ternary model.
-        facts: ``held`` (bytes of weights in memory by model), ``layers`` (ternary maps, other maps and embeddings),
-            ``sparsity``, ``distance``, ``samples``, ``calibration_seconds``, ``threshold``.
+        speed: of the parent and of what was made of it.
+        facts: ``held`` (bytes of weights in memory by model), ``layers`` (maps on the grid, other maps and
+            embeddings), ``sparsity``, ``distance``, ``samples``, ``calibration_seconds``, ``threshold``.
     """
-    before, after, untrained = (finals.readings[name] for name in (PARENT, TERNARY, UNTRAINED))
+    (before, rounded, after), made = finals.three, finals.made
     memory, state = facts["held"], speed.state
-    speedup = speed.rate(TERNARY) / speed.rate(PARENT)
+    speedup = speed.rate(made) / speed.rate(PARENT)
     recovered, text_recovered = finals.recovery, finals.perplexity_recovery
-    milliseconds = speed.milliseconds[TERNARY]
+    milliseconds = speed.milliseconds[made]
     found = {
         "compression/original_size_mb": finals.sizes[PARENT] / MIB,
-        "compression/compressed_size_mb": finals.sizes[TERNARY] / MIB,
+        "compression/compressed_size_mb": finals.sizes[made] / MIB,
         "compression/compression_ratio": finals.ratio,
         "compression/layers_compressed": facts["layers"][0],
         "compression/layers_preserved": facts["layers"][1],
         "compression/sparsity_ratio": facts["sparsity"],
         "compression/threshold": facts["threshold"],
         "quality/pre_compression_perplexity": before.perplexity,
-        "quality/post_compression_perplexity": untrained.perplexity,
-        "quality/perplexity_degradation_percent": 100 * (untrained.perplexity / before.perplexity - 1),
+        "quality/post_compression_perplexity": rounded.perplexity,
+        "quality/perplexity_degradation_percent": 100 * (rounded.perplexity / before.perplexity - 1),
         "quality/post_finetuning_perplexity": after.perplexity,
         "quality/final_degradation_percent": 100 * finals.perplexity_added,
         "quality/perplexity_recovery_percent": None if text_recovered is None else 100 * text_recovered,
@@ -58,23 +49,24 @@ def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any
         "quality/post_accuracy": after.accuracy,
         "quality/accuracy_retention": finals.retention,
         "performance/inference_speedup": speedup,
-        "performance/memory_reduction": memory[PARENT] / memory[TERNARY],
+        "performance/memory_reduction": memory[PARENT] / memory[made],
         "performance/calibration_time_seconds": facts["calibration_seconds"],
         "bitnet/compression_ratio": finals.ratio,
         "bitnet/accuracy_retention": finals.retention,
         "bitnet/inference_speedup": speedup,
-        "bitnet/memory_reduction": memory[PARENT] / memory[TERNARY],
+        "bitnet/memory_reduction": memory[PARENT] / memory[made],
         "bitnet/sparsity_ratio": facts["sparsity"],
         "bitnet/quantization_error": facts["distance"],
         "bitnet/calibration_samples": facts["samples"],
-        "bitnet/memory/peak_mb": (memory[TERNARY] + state[TERNARY]) / MIB,
-        "bitnet/memory/allocated_mb": memory[TERNARY] / MIB,
+        "bitnet/memory/peak_mb": (memory[made] + state[made]) / MIB,
+        "bitnet/memory/allocated_mb": memory[made] / MIB,
         "bitnet/speed/latency_p50_ms": float(np.percentile(milliseconds, 50)),
         "bitnet/speed/latency_p95_ms": float(np.percentile(milliseconds, 95)),
-        "bitnet/speed/throughput_fps": speed.rate(TERNARY),
+        "bitnet/speed/throughput_fps": speed.rate(made),
         "phase/finetuned": finals.trained,
     }
-    for short, name in BASELINES.items():
+    baselines = {"untrained": untrained(made), "int8": INT8, "int4": INT4, "same_bytes": SAME_BYTES}
+    for short, name in baselines.items():
         if name in finals.readings:
             reading = finals.readings[name]
             found[f"baseline/{short}_accuracy"] = reading.accuracy

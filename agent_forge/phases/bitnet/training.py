@@ -27,10 +27,11 @@ from forgekit.train.setup import training_device
 
 
 class Student(nn.Module):
-    """A model that learns from the right next tokens and from its parent's whole distribution.
+    """A model that learns from the right next tokens and, where the plan says so, its parent's whole distribution.
 
-    Follows the protocol of the training loop. The parent is out of the loop's sight: neither trained nor saved. Which
-    step it is stands in a buffer, so that a resumed training has the same strength of the grid.
+    Follows the protocol of the training loop. The parent is out of the loop's sight: neither trained nor saved, and
+    where the loss does not ask for it not even kept. Which step it is stands in a buffer, so that a resumed training
+    has the same strength of the grid.
 
     Args:
         model: plain, or training for the grids (:func:`forgekit.quant.model.fake_quantised`); trained in place.
@@ -46,10 +47,11 @@ class Student(nn.Module):
         self.model, self.plan = model, plan
         self.ramp = round(plan.ramp * steps) if is_fake(model) else 0
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.__dict__["parent"] = parent.eval().requires_grad_(False)
+        self.__dict__["parent"] = parent.eval().requires_grad_(False) if plan.divergence else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.parent._apply(fn)
+        if self.parent is not None:
+            self.parent._apply(fn)
         return super()._apply(fn, recurse)
 
     @property

@@ -132,13 +132,14 @@ def strategy_claims(config: EvoMergeConfig, reference: Reference, marks: Mapping
     """Every strategy against random search, at equal evaluations; each side is a mean over its seeds' champions."""
     plan = config.compare
     seeds = tuple(config.seed + number for number in range(plan.seeds))
+    whose = "champion beats" if plan.seeds == 1 else f"{plan.seeds} champions beat"
     common = {"split": "report", "seeds": (*seeds, REPORT_SEED), "compute": {"evaluations": plan.evaluations}}
     return [
         compared(
             config,
             reference,
             (marks[RANDOM], found),
-            claim=f"{name}: its {plan.seeds} champions beat random search's, {plan.evaluations} candidates each",
+            claim=f"{name}: its {whose} random search's, {plan.evaluations} candidates each",
             **common,
         )
         for name, found in marks.items()

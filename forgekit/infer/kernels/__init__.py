@@ -12,12 +12,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer.kernels import cpu, plain
+from forgekit.infer.kernels.cpu import TernaryMaps, Token, attend
+from forgekit.infer.kernels.llvm_attention import LANES
 from forgekit.quant.pack import width2
 from forgekit.registry import unknown
 
@@ -25,6 +28,8 @@ VARIABLE = "AGENT_FORGE_KERNELS"
 BACKENDS = ("llvm", "torch", "triton")
 SYNONYMS = {"numba": "llvm"}
 """numba brings the LLVM that is used here."""
+HEAD_STEP = 2 * LANES
+"""What the width of heads must be a multiple of for :func:`attend`."""
 REMEDY = {"llvm": "pip install llvmlite", "triton": "pip install triton, on a machine with a GPU"}
 
 
@@ -68,6 +73,32 @@ def ternary_matmul(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: i
     else:
         out_BR = plain.ternary_matmul(packed2_RP, scale_R, flat_BC)
     return out_BR if x_BC.ndim == 2 else out_BR.view(*x_BC.shape[:-1], len(scale_R))
+
+
+def prepared_maps(maps: Sequence[tuple[Tensor, Tensor]], columns: int) -> TernaryMaps | None:
+    """Ternary maps of one input, to be multiplied with it in one call; None where :func:`ternary_matmul` has to do it.
+
+    The backend is chosen here, once.
+
+    Args:
+        maps: packed weights and scales of each.
+        columns: C.
+    """
+    for packed2_RP, scale_R in maps:
+        fits = packed2_RP.dtype == torch.uint8 and packed2_RP.shape == (scale_R.numel(), width2(columns))
+        if not fits or scale_R.ndim != 1 or not (plain_floats(scale_R) and packed2_RP.is_contiguous()):
+            return None
+    return TernaryMaps(maps, columns) if _chosen(maps[0][0]) == "llvm" else None
+
+
+def plain_floats(tensor: Tensor) -> bool:
+    """Whether compiled code can take it as it is: float32, contiguous, on the CPU."""
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+
+
+def attends(qkv: Tensor) -> bool:
+    """Whether :func:`attend` can be used for a token like this: contiguous, on the CPU, compiled code allowed."""
+    return qkv.is_contiguous() and _chosen(qkv) == "llvm"
 
 
 def ternary_matmul_float(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> Tensor:

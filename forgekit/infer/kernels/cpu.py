@@ -22,20 +22,21 @@ import importlib.util
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from forgekit.infer.kernels import plain
-from forgekit.infer.kernels.llvm_grouped import GROUP, STEP, digits_bytes, digits_module, grouped_module
+from forgekit.infer.kernels.llvm_attention import attention_bytes, attention_module
+from forgekit.infer.kernels.llvm_grouped import GROUP, LEAST, STEP, digits_bytes, digits_module, grouped_module
 from forgekit.infer.kernels.llvm_ternary import FLAVOURS, Flavour, ternary_module, token_bytes
 from forgekit.infer.kernels.llvm_text import OpenMP
 
-SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
+SHARED_TERNARY, SHARED_GROUPED, SHARED_ATTENTION = 1 << 21, 1 << 19, 1 << 20
 """Products from which on threads are worth waking."""
 _memory = threading.local()
 
@@ -77,34 +78,74 @@ def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
     """The ternary product for a flavour; without one for the best that passes its first test."""
     if flavour is not None:
         text = ternary_module(flavour, machine().openmp)
-        return flavour, _compile(text, "ternary", 5, 4)
+        return flavour, _compile(text, "ternary", "pnppppnnn")
     return next(pair for f in machine().flavours if _right(pair := ternary(f)))
 
 
 @functools.cache
 def grouped(group: int) -> Compiled:
     """The group-wise product for one size of group."""
-    return _compile(grouped_module(group, machine().openmp), "grouped", 4, 5)
+    return _compile(grouped_module(group, machine().openmp), "grouped", "ppppnnnnn")
 
 
 @functools.cache
 def digits(flavour: Flavour | None = None) -> Compiled | None:
     """The group-wise product with byte products; None where the machine has no fitting instruction."""
     chosen = flavour or ternary()[0]
-    return _compile(digits_module(chosen, machine().openmp), "digits", 5, 4) if chosen.whole else None
+    return _compile(digits_module(chosen, machine().openmp), "digits", "pppppnnnn") if chosen.whole else None
+
+
+class TernaryMaps:
+    """Packed ternary maps of the same input, ready for use: what a token needs is one call.
+
+    Args:
+        maps: packed weights and scales of each; contiguous and on the CPU, scales float32: the caller has seen to it.
+        columns: C.
+        flavour: as :func:`ternary`.
+    """
+
+    def __init__(self, maps: Sequence[tuple[Tensor, Tensor]], columns: int, flavour: Flavour | None = None) -> None:
+        chosen, self._code = ternary(flavour)
+        self.columns, self.rows = columns, sum(len(scale_R) for _, scale_R in maps)
+        self.tensors = [tensor for pair in maps for tensor in pair]
+        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+        numbers = [n for codes, scale in maps for n in (codes.data_ptr(), scale.data_ptr(), len(scale))]
+        self._table = torch.tensor(numbers, dtype=torch.int64)
+        self._fixed = (self._table.data_ptr(), len(maps))
+        self._token = token_bytes(chosen, columns)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are made for these tensors, and these are still where they were."""
+        return all(a is b and b.data_ptr() == c for a, b, c in zip(tensors, self.tensors, self._addresses, strict=True))
+
+    def __call__(self, x: Tensor, gain_C: Tensor | None = None) -> Tensor:
+        """The outputs of the maps, side by side.
+
+        Args:
+            x: (..., C) float32, contiguous, on the CPU.
+            gain_C: RMS-normalises x first; float32, contiguous.
+        """
+        batch = x.numel() // self.columns
+        out = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
+        threads = torch.get_num_threads() if batch * self.rows * self.columns >= SHARED_TERNARY else 1
+        self._code.call(
+            *self._fixed, x.data_ptr(), 0 if gain_C is None else gain_C.data_ptr(), out.data_ptr(),
+            _scratch(batch * self._token), batch, self.columns, threads,
+        )  # fmt: skip
+        return out
+
+    def __reduce__(self) -> tuple:
+        """A copy would point to the memory of others: whoever is copied makes his own."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def ternary_matmul(packed_RP: Tensor, scale_R: Tensor, x_BC: Tensor, flavour: Flavour | None = None) -> Tensor:
     """(B, R) float32. All tensors contiguous and on the CPU, x and scale float32: the caller has seen to it."""
-    (batch, columns), rows = x_BC.shape, packed_RP.shape[0]
-    chosen, code = ternary(flavour)
-    out_BR = torch.empty(batch, rows, dtype=torch.float32)
-    threads = torch.get_num_threads() if batch * rows * columns >= SHARED_TERNARY else 1
-    code.call(
-        packed_RP.data_ptr(), scale_R.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr(),
-        _scratch(batch * (token_bytes(chosen, columns) + 8)), batch, rows, columns, threads,
-    )  # fmt: skip
-    return out_BR
+    return TernaryMaps([(packed_RP, scale_R)], x_BC.shape[1], flavour)(x_BC)
 
 
 def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int) -> Tensor:
@@ -115,11 +156,54 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
     out_BR = torch.empty(batch, rows, dtype=torch.float32)
     threads = torch.get_num_threads() if batch * rows * columns >= SHARED_GROUPED else 1
     places = (codes_RC.data_ptr(), scale_RG.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr())
-    if group == GROUP and columns % STEP == 0 and (code := digits()) is not None:
+    if group == GROUP and columns >= LEAST and columns % STEP == 0 and (code := digits()) is not None:
         code.call(*places, _scratch(batch * digits_bytes(columns)), batch, rows, columns, threads)
     else:
         grouped(group).call(*places, batch, rows, columns, scale_RG.shape[1], threads)
     return out_BR
+
+
+class Token(NamedTuple):
+    """What :func:`attend` knows of a token: the first slot that it sees, its own, the convolution with its last inputs,
+    and what normed queries are multiplied with (None: nothing is normed)."""
+
+    start: int
+    end: int
+    conv: tuple[Tensor, Tensor] | None
+    gain_H: Tensor | None
+
+
+@functools.cache
+def attention() -> Compiled:
+    """One token's attention."""
+    return _compile(attention_module(machine().openmp), "attend", "p" * 11 + "n" * 7)
+
+
+def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]) -> tuple:
+    """One new token of every row: convolved, normed, rotated, put into the cache, attended.
+
+    Args:
+        qkv: (B, 1, 3 D) queries, keys and values.
+        token: of the convolution its taps (3 D, 4) and the last inputs (B, 3, 3 D).
+        turn: cosines and sines (B, 1, 1, K), of :func:`forgekit.models.layers.turns`.
+        cache: keys and values (B, H, L, K); slot ``end`` is written.
+
+    Returns:
+        (B, 1, D), and the last inputs of the convolution (None without one). All tensors are contiguous float32 on the
+        CPU, K a multiple of 32: the caller has seen to it.
+    """
+    keys, values = cache
+    (batch, heads, slots, width), (taps, tail) = keys.shape, token.conv or (None, None)
+    out, after = torch.empty(batch, 1, heads * width), None if tail is None else torch.empty_like(tail)
+    seen = token.end + 1 - token.start
+    threads = torch.get_num_threads() if 2 * batch * heads * seen * width >= SHARED_ATTENTION else 1
+    pointers = (qkv, taps, tail, after, token.gain_H, *turn, keys, values, out)
+    attention().call(
+        *[0 if x is None else x.data_ptr() for x in pointers],
+        _scratch(attention_bytes((batch, heads, width), seen, taps is not None)),
+        batch, heads, width, slots, token.start, token.end, threads,
+    )  # fmt: skip
+    return out, after
 
 
 def _right(pair: tuple[Flavour, Compiled]) -> bool:
@@ -140,8 +224,8 @@ def _scratch(size: int) -> int:
     return _memory.address
 
 
-def _compile(text: str, name: str, pointers: int, numbers: int) -> Compiled:
-    """Machine code for this processor."""
+def _compile(text: str, name: str, kinds: str) -> Compiled:
+    """Machine code for this processor; ``kinds`` has a p for every argument that is an address, an n for a number."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -154,7 +238,7 @@ def _compile(text: str, name: str, pointers: int, numbers: int) -> Compiled:
     module.verify()
     engine = llvm.create_mcjit_compiler(module, host)
     engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
     return Compiled(kind(engine.get_function_address(name)), engine)
 
 

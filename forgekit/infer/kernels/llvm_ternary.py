@@ -1,7 +1,7 @@
 """The ternary product in LLVM's language, for the vectors of every kind of machine.
 
 Shapes: R rows (outputs), C columns (inputs), B batch, P packed bytes of a row, Q bytes of a token's rounded
-activations, W bytes of a vector.
+activations, O outputs of all maps, W bytes of a vector.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from forgekit.infer.kernels.llvm_text import (
     Tile,
     Writer,
     constant,
+    first_lanes,
     largest,
+    last_columns,
+    load_bytes,
+    masked_load,
     read_fields,
     row_sums,
     share_out,
     tiles,
     tree,
-    worker,
+    workers,
 )
 from forgekit.quant.pack import BLOCK
 
 MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: adding it rounds a small float32 to the nearest integer, halves to even, into the low bits."""
+EPSILON = "0x3EB0C6F7A0000000"
+"""What a norm adds to the mean square: float32(1e-6), as LLVM writes it."""
 
 
 @dataclass(frozen=True)
@@ -110,48 +116,115 @@ FLAVOURS = (
 
 
 def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
-    """The text of ``void ternary(packed, scale, x, out, scratch, B, R, C, threads)``.
+    """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input.
 
-    ``scratch`` has room for B (Q + 8) bytes, see :func:`token_bytes`. ``openmp`` holds the addresses of GOMP_parallel,
-    omp_get_thread_num and omp_get_num_threads; without it there is one thread.
+    ``table`` has the addresses of packed weights and scales and the number of rows of each map; a token's outputs stand
+    side by side. With a ``gain`` the tokens are RMS-normalised first. ``scratch`` has room for B :func:`token_bytes`.
+    ``openmp`` holds the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads; without it there is one
+    thread.
     """
-    fields = ["packed", "scale", "out", "q", "s", "sums", "B", "R", "P", "Q", "full", "all"]
-    w = Writer("void @ternary(ptr %packed, ptr %scale, ptr %x, ptr %out, ptr %q, i64 %B, i64 %R, i64 %C, i64 %threads)")
+    fields = ["packed", "scale", "out", "q", "s", "sums", "B", "R", "P", "Q", "O", "full", "all"]
+    names = "ptr %table, i64 %maps, ptr %x, ptr %gain, ptr %out, ptr %q, i64 %B, i64 %C, i64 %threads"
+    w = Writer(f"void @ternary({names})")
     memory = w.let(f"alloca [{len(fields)} x i64]")  # at the very beginning, or the stack would grow at run time
     width = flavour.width
     blocks = w.over(w.plus("%C", 63), 64)
-    a = SimpleNamespace(packed="%packed", scale="%scale", out="%out", q="%q", B="%B", R="%R", P=w.times(blocks, 16))
+    a = SimpleNamespace(q="%q", B="%B", P=w.times(blocks, 16))
     a.full = w.over(a.P, width)
     a.all = w.over(w.plus(a.P, width - 1), width)
     a.Q = w.times(a.all, 4 * width)
     a.s = w.at("%q", w.times("%B", a.Q))
     a.sums = w.at(a.s, w.times("%B", 4))
-    padded, row = w.times(a.all, width // 16), w.times("%C", 4)
+    _round_tokens(w, a, w.times(a.all, width // 16))
+
+    def entry_at(m: str, place: int) -> str:
+        return w.at("%table", w.times(m, 24), place)
+
+    [a.O] = w.loop("0", "%maps", 1, [("i64", "0")], lambda m, c: [w.plus(c[0], w.load("i64", entry_at(m, 16)))])
+
+    def one_map(m: str, carried: list[str]) -> list[str]:
+        a.packed, a.scale = (w.load("ptr", entry_at(m, place)) for place in (0, 8))
+        a.R, a.out = w.load("i64", entry_at(m, 16)), w.at("%out", w.times(carried[0], 4))
+        share_out(w, a, (fields, memory))
+        return [w.plus(carried[0], a.R)]
+
+    w.loop("0", "%maps", 1, [("i64", "0")], one_map)
+    functions = [_normalise(), _quantise(width), _ternary_rows(flavour, fields), workers(fields, openmp), w.end()]
+    return "\n".join([*_declares(flavour), *functions])
+
+
+def _round_tokens(w: Writer, a: SimpleNamespace, padded: str) -> None:
+    """All tokens to bytes, normalised before where there is a gain."""
+    row = w.times("%C", 4)
+    plain = w.let("icmp eq ptr %gain, null")
+    normed = w.at(a.sums, w.times("%B", 4))
+    source = w.let(f"select i1 {plain}, ptr %x, ptr {normed}")
+    count = w.let(f"select i1 {plain}, i64 0, i64 %B")
+
+    def normalise(t: str, _: list[str]) -> None:
+        to = w.times(t, row)
+        w.do(f"call void @normalise(ptr {w.at('%x', to)}, ptr %gain, ptr {w.at(normed, to)}, i64 %C)")
 
     def round_token(t: str, _: list[str]) -> None:
         four = w.times(t, 4)
-        pointers = [w.at("%x", w.times(t, row)), w.at("%q", w.times(t, a.Q)), w.at(a.s, four), w.at(a.sums, four)]
+        pointers = [w.at(source, w.times(t, row)), w.at("%q", w.times(t, a.Q)), w.at(a.s, four), w.at(a.sums, four)]
         places = ", ".join(f"ptr {p}" for p in pointers)
         w.do(f"call void @quantise({places}, i64 %C, i64 {padded})")
 
+    w.loop("0", count, 1, [], normalise)
     w.loop("0", "%B", 1, [], round_token)
-    entry = share_out(w, a, (fields, memory), openmp)
+
+
+def _declares(flavour: Flavour) -> list[str]:
     declares = [
         flavour.declares,
         "declare i32 @llvm.vector.reduce.umax.v16i32(<16 x i32>)",
         "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)",
+        "declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)",
+        "declare float @llvm.sqrt.f32(float)",
     ]
-    if width > 16:
-        lanes = f"<{width // 4} x i32>"
-        declares.append(
-            f"declare {lanes} @llvm.masked.load.v{width // 4}i32.p0(ptr, i32, <{width // 4} x i1>, {lanes})"
-        )
-    return "\n".join([*declares, _quantise(width), _ternary_rows(flavour, fields), worker(fields, openmp), entry])
+    return [*declares, masked_load(flavour.lanes)] if flavour.width > 16 else declares
 
 
 def token_bytes(flavour: Flavour, columns: int) -> int:
-    """Q: bytes of a token's rounded activations, filled up with zeros to whole vectors."""
-    return 4 * flavour.width * -(-columns // (4 * flavour.width))
+    """Bytes of scratch that a token takes: Q rounded activations, filled up with zeros to whole vectors, their scale,
+    their sum and, for a norm, C floats."""
+    return 4 * flavour.width * -(-columns // (4 * flavour.width)) + 8 + 4 * columns
+
+
+def _normalise() -> str:
+    """A token over its root mean square, times the gain."""
+    w = Writer("internal void @normalise(ptr %x, ptr %gain, ptr %out, i64 %C)")
+    kind = "<16 x float>"
+    whole = w.times(w.over("%C", 16), 16)
+
+    def square(c: str, sums: list[str]) -> list[str]:
+        value = w.load(kind, w.at("%x", w.times(c, 4)))
+        return [w.let(f"fadd {kind} {sums[0]}, {w.let(f'fmul {kind} {value}, {value}')}")]
+
+    def one_square(c: str, sums: list[str]) -> list[str]:
+        value = w.load("float", w.at("%x", w.times(c, 4)))
+        return [w.let(f"fadd float {sums[0]}, {w.let(f'fmul float {value}, {value}')}")]
+
+    [sums] = w.loop("0", whole, 16, [(kind, "zeroinitializer")], square)
+    total = w.let(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {kind} {sums})")
+    [total] = w.loop(whole, "%C", 1, [("float", total)], one_square)
+    mean = w.let(f"fdiv float {total}, {w.let('sitofp i64 %C to float')}")
+    root = w.let(f"call float @llvm.sqrt.f32(float {w.let(f'fadd float {mean}, {EPSILON}')})")
+    factor = w.let(f"fdiv float 1.0, {root}")
+    wide = w.splat(16, "float", factor)
+
+    def scale(kind: str, by: str) -> Callable:
+        def one(c: str, _: list[str]) -> None:
+            at = w.times(c, 4)
+            value = w.let(f"fmul {kind} {w.load(kind, w.at('%x', at))}, {by}")
+            w.store(kind, w.let(f"fmul {kind} {value}, {w.load(kind, w.at('%gain', at))}"), w.at("%out", at))
+
+        return one
+
+    w.loop("0", whole, 16, [], scale(kind, wide))
+    w.loop(whole, "%C", 1, [], scale("float", factor))
+    return w.end()
 
 
 def _quantise(width: int) -> str:
@@ -161,7 +234,7 @@ def _quantise(width: int) -> str:
     """
     w = Writer("internal void @quantise(ptr %x, ptr %q, ptr %scale, ptr %sum, i64 %C, i64 %blocks)")
     whole = w.over("%C", BLOCK)
-    rest = _last_columns(w, w.times(whole, BLOCK))
+    rest = last_columns(w, w.times(whole, BLOCK))
     top = largest(w, rest, "zeroinitializer")
     vector = "<16 x i32>"
     [top] = w.loop("0", whole, 1, [(vector, top)], lambda i, c: [largest(w, w.at("%x", w.times(i, 4 * BLOCK)), c[0])])
@@ -196,19 +269,6 @@ def _quantise(width: int) -> str:
     return w.end()
 
 
-def _last_columns(w: Writer, first: str) -> str:
-    """A copy of the columns of x from the first on, filled up to a block: nothing is read past the end of x."""
-    rest = w.let(f"alloca [{BLOCK} x float]")
-    w.store(f"[{BLOCK} x float]", "zeroinitializer", rest)
-
-    def copy(c: str, _: list[str]) -> None:
-        to = w.at(rest, w.times(w.let(f"sub i64 {c}, {first}"), 4))
-        w.store("float", w.load("float", w.at("%x", w.times(c, 4))), to)
-
-    w.loop(first, "%C", 1, [], copy)
-    return rest
-
-
 def _rounded(w: Writer, source: str, target: str, rest: tuple[int, str, str]) -> str:
     """A block of 64 floats to bytes, sixteen in each plane; the running sum of the bytes."""
     width, divisor, total = rest
@@ -232,10 +292,7 @@ def _ternary_rows(flavour: Flavour, fields: list[str]) -> str:
     a = read_fields(w, fields)
     a.width, a.mask = flavour.width, None
     if flavour.width > 16:
-        lanes = flavour.width // 4
-        left = w.splat(lanes, "i32", w.let(f"trunc i64 {w.let(f'urem i64 {a.P}, {a.width}')} to i32"))
-        starts = "<" + ", ".join(f"i32 {4 * i}" for i in range(lanes)) + ">"
-        a.mask = w.let(f"icmp ult <{lanes} x i32> {starts}, {left}")
+        a.mask = first_lanes(w, flavour.width // 4, w.over(w.let(f"urem i64 {a.P}, {a.width}"), 4))
     tiles(w, a.B, lambda tile: _ternary_tile(w, flavour, a, tile))
     return w.end()
 
@@ -254,7 +311,7 @@ def _ternary_tile(w: Writer, f: Flavour, a: SimpleNamespace, tile: Tile) -> None
             return [w.load(f"<{f.width} x i8>", w.at(bytes_[j], far, f.width * p)) for p in range(4)]
 
         def packed(i: int) -> str:
-            return _packed(w, f.width, w.at(weights[i], near), mask)
+            return load_bytes(w, f.width, w.at(weights[i], near), mask)
 
         return body(w, f, (packed, q), list(sums), (rows, tokens))
 
@@ -298,16 +355,6 @@ def _together(w: Writer, kind: str, lanes: int, sums: list[str]) -> str:
     return tree(w, f"add {kind}", parts)
 
 
-def _packed(w: Writer, width: int, address: str, mask: str | None) -> str:
-    """A vector of packed weights; with a mask only what belongs to the row, zeros behind it."""
-    if mask is None:
-        return w.load(f"<{width} x i8>", address)
-    lanes, vector = width // 4, f"<{width // 4} x i32>"
-    call = f"call {vector} @llvm.masked.load.v{lanes}i32.p0"
-    value = w.let(f"{call}(ptr {address}, i32 1, <{lanes} x i1> {mask}, {vector} zeroinitializer)")
-    return w.let(f"bitcast {vector} {value} to <{width} x i8>")
-
-
 def _planes(w: Writer, width: int, packed: str, in_place: bool) -> list[str]:
     """The four bit pairs of every byte: where they are, or moved to the lowest bits."""
     if in_place:
@@ -332,4 +379,4 @@ def _finish_ternary(w: Writer, a: SimpleNamespace, total: str, place: tuple[str,
     value = w.let(f"fmul <{rows} x float> {value}, {scale}")
     token = w.splat(rows, "float", w.load("float", w.at(a.s, four)))
     value = w.let(f"fmul <{rows} x float> {value}, {token}")
-    w.store(f"<{rows} x float>", value, w.at(a.out, w.times(w.plus(w.times(t, a.R), r), 4)))
+    w.store(f"<{rows} x float>", value, w.at(a.out, w.times(w.plus(w.times(t, a.O), r), 4)))

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from forgekit.quant.pack import BLOCK
+
 HEIGHT = 4
 """Rows that a thread's share is a multiple of."""
-INTEGERS = {"B", "R", "C", "P", "Q", "G", "full", "all"}
+INTEGERS = {"B", "R", "C", "P", "Q", "G", "O", "H", "K", "L", "full", "all", "start", "end"}
 """Fields that are numbers; the others are addresses."""
 OpenMP = tuple[int, int, int] | None
 """The addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads; without them there is one thread."""
@@ -119,21 +121,27 @@ def constant(lanes: int, kind: str, value: object) -> str:
     return "<" + ", ".join([f"{kind} {value}"] * lanes) + ">"
 
 
-def share_out(w: Writer, a: SimpleNamespace, put: tuple[list[str], str], openmp: OpenMP) -> str:
-    """Put the fields in memory, then do the rows alone or with others."""
+def share_out(w: Writer, a: SimpleNamespace, put: tuple[list[str], str]) -> None:
+    """Put the fields in memory, then do the rows alone or with others: see :func:`workers`."""
     fields, memory = put
     for i, name in enumerate(fields):
         w.store("i64" if name in INTEGERS else "ptr", getattr(a, name), w.at(memory, 8 * i))
+    w.do(f"call void @start(ptr {memory}, i64 {a.R}, i64 %threads)")
+
+
+def workers(fields: list[str], openmp: OpenMP) -> str:
+    """The function that does the rows of the fields in memory, with so many threads."""
+    w = Writer("internal void @start(ptr %a, i64 %R, i64 %threads)")
     if openmp is not None:
         alone = w.let("icmp slt i64 %threads, 2")
         w.do(f"br i1 {alone}, label %alone, label %shared")
         w.label("shared")
         count = w.let("trunc i64 %threads to i32")
-        w.do(f"call void {_address(openmp[0])}(ptr @work, ptr {memory}, i32 {count}, i32 0)")
+        w.do(f"call void {_address(openmp[0])}(ptr @work, ptr %a, i32 {count}, i32 0)")
         w.do("ret void")
         w.label("alone")
-    w.do(f"call void @rows(ptr {memory}, i64 0, i64 %R)")
-    return w.end()
+    w.do("call void @rows(ptr %a, i64 0, i64 %R)")
+    return w.end() + _worker(fields, openmp)
 
 
 def _address(number: int) -> str:
@@ -146,7 +154,7 @@ def read_fields(w: Writer, fields: list[str]) -> SimpleNamespace:
     return SimpleNamespace(**{name: w.load(kinds[name], w.at("%a", 8 * i)) for i, name in enumerate(fields)})
 
 
-def worker(fields: list[str], openmp: OpenMP) -> str:
+def _worker(fields: list[str], openmp: OpenMP) -> str:
     """A thread's share: whole tiles of rows."""
     if openmp is None:
         return ""
@@ -183,6 +191,42 @@ def largest(w: Writer, source: str, top: str) -> str:
     return top
 
 
+def last_columns(w: Writer, first: str) -> str:
+    """A copy of the columns of x from the first on, filled up to a block: nothing is read past the end of x."""
+    rest = w.let(f"alloca [{BLOCK} x float]")
+    w.store(f"[{BLOCK} x float]", "zeroinitializer", rest)
+
+    def copy(c: str, _: list[str]) -> None:
+        to = w.at(rest, w.times(w.let(f"sub i64 {c}, {first}"), 4))
+        w.store("float", w.load("float", w.at("%x", w.times(c, 4))), to)
+
+    w.loop(first, "%C", 1, [], copy)
+    return rest
+
+
+def first_lanes(w: Writer, lanes: int, count: str) -> str:
+    """A mask of as many lanes as there are 32-bit words left in a row."""
+    left = w.splat(lanes, "i32", w.let(f"trunc i64 {count} to i32"))
+    places = "<" + ", ".join(f"i32 {i}" for i in range(lanes)) + ">"
+    return w.let(f"icmp ult <{lanes} x i32> {places}, {left}")
+
+
+def masked_load(lanes: int) -> str:
+    """The declaration that :func:`load_bytes` needs for a mask of so many lanes."""
+    vector = f"<{lanes} x i32>"
+    return f"declare {vector} @llvm.masked.load.v{lanes}i32.p0(ptr, i32, <{lanes} x i1>, {vector})"
+
+
+def load_bytes(w: Writer, width: int, address: str, mask: str | None) -> str:
+    """A vector of bytes; with a mask only what belongs to the row, zeros behind it."""
+    if mask is None:
+        return w.load(f"<{width} x i8>", address)
+    lanes, vector = width // 4, f"<{width // 4} x i32>"
+    call = f"call {vector} @llvm.masked.load.v{lanes}i32.p0"
+    value = w.let(f"{call}(ptr {address}, i32 1, <{lanes} x i1> {mask}, {vector} zeroinitializer)")
+    return w.let(f"bitcast {vector} {value} to <{width} x i8>")
+
+
 def row_sums(w: Writer, kind: str, vectors: list[str], lanes: int) -> str:
     """The sums over the lanes of one, two or four vectors, side by side."""
     add = "add" if kind == "i32" else "fadd"
@@ -202,6 +246,12 @@ def _neighbours(w: Writer, kind: str, add: str, a: str, b: str) -> str:
     """Sums of neighbouring lanes: those of a, then those of b."""
     even, odd = (w.pick(4, kind, a, b, range(n, 8, 2)) for n in (0, 1))
     return w.let(f"{add} <4 x {kind}> {even}, {odd}")
+
+
+def multiply_add(w: Writer, a: str, b: str, c: str, lanes: int = 16) -> str:
+    """a b + c, rounded once where the machine can."""
+    kind = f"<{lanes} x float>"
+    return w.let(f"call {kind} @llvm.fmuladd.v{lanes}f32({kind} {a}, {kind} {b}, {kind} {c})")
 
 
 def tree(w: Writer, operation: str, parts: list[str]) -> str:
