@@ -128,6 +128,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _settings(storage: str, wanted: dict[str, Any]) -> Profile:
     """The profile of the session. What cannot be is refused here, before there is one."""
+    import torch
+
     from agent_forge.pipeline.inputs import find_input
     from agent_forge.pipeline.phase import PHASES
     from agent_forge.profile import with_values
@@ -148,7 +150,8 @@ def _settings(storage: str, wanted: dict[str, Any]) -> Profile:
     found = find_input(store, wanted["model"])
     folder = Path(found.path)
     values = read_config(folder)
-    plain = skeleton(values, folder)
+    with torch.device("meta"):  # its parts are asked for, not its numbers
+        plain = skeleton(values, folder)
     targets(plain)
     ours = values.get("model_type") in FAMILIES
     base = _profile(store, found, wanted["profile"], ours)

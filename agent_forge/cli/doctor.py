@@ -11,7 +11,7 @@ from typing import Any
 from forgekit.hub import first_line
 
 SMALLEST_MEMORY, SMALLEST_DISK = 4e9, 2e9
-_WAYS = {"cpu": "pip install agent-forge[kernels]", "cuda": "pip install triton"}
+_WAYS = {"cpu": "pip install llvmlite", "cuda": "pip install triton"}
 """What brings faster products with packed weights, by device."""
 
 

@@ -198,7 +198,7 @@ def _ternary(found: Ternary) -> list[str]:
     parts += [items([f"{term}: {about}" for term, about in ternary_words.TERMS])]
     lines, losses = ternary_words.rounding(found), ternary_words.loss_rows(found)
     if lines or losses:
-        parts += ["### What rounding took, what training brought back", items(lines)]
+        parts += [f"### {ternary_words.rounding_title(found)}", items(lines)]
         parts += [table(ternary_words.LOSSES, losses)] if losses else []
     rows, told = ternary_words.lost_rows(found), ternary_words.lost_line(found)
     if told:

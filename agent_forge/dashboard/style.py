@@ -46,8 +46,8 @@ nav { display: flex; flex-wrap: wrap; gap: .3em 1.2em; padding: .9em 0 0; font-s
 section { margin: 30px 0; padding: 28px; background: var(--card); border: 1px solid var(--line);
   border-radius: 14px; box-shadow: var(--shadow); }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 1px; margin: 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
-dl.facts div { background: var(--card); padding: 11px 16px; }
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
+dl.facts div { box-shadow: 0 0 0 1px var(--line); padding: 11px 16px; }
 dl.facts dt { color: var(--soft); font-size: .8rem; }
 dl.facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 .notice { border-left: 4px solid var(--even); background: var(--even-bg); padding: 12px 18px;

@@ -8,13 +8,12 @@ from html import escape
 from agent_forge.dashboard import charts, ternary_charts, words
 from agent_forge.dashboard import ternary_words as told
 from agent_forge.dashboard.charts import Axis, Line
+from agent_forge.dashboard.ternary import ROUNDED, SAME_BYTES
 from agent_forge.dashboard.ternary_charts import Spot
 from agent_forge.dashboard.tree import Points, Sized, Ternary
 
 POINTS = 60
 """Points of a loss curve at most: a loss of every step is a cloud, its mean over a few steps is a line."""
-SHORT = {"ternary, not trained": "not trained", "full precision, same bytes": "same bytes"}
-"""Names in the chart of sizes, where there is little room."""
 SPEED = ("tokens per second", "slowest to fastest block")
 """Numbers of a model that was timed."""
 DRAWN = "to one scale"
@@ -97,8 +96,8 @@ def _sizes(found: Ternary) -> str:
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(about)}</dd></div>" for term, about in told.TERMS)
     explained = f"<dl class=terms>{terms}</dl>"
     spots = [
-        Spot(_short(one.name), one.bytes, one.accuracy, _series(found, one.name))
-        for one in found.models
+        Spot(_short(found, one.name), one.bytes, one.accuracy, _series(found, one.name))
+        for one in told.different(found)
         if one.bytes is not None and one.accuracy is not None and one.accuracy.value is not None
     ]
     if len(spots) < 2:
@@ -115,12 +114,14 @@ def _series(found: Ternary, name: str) -> int:
     """The look of a model, the same in every drawing: what was made first, then its parent, then the rest."""
     order = dict.fromkeys([found.made, found.parent, found.rounded, *(one.name for one in found.models)])
     looks = {one: place for place, one in enumerate(filter(None, order))}
-    looks |= {_short(one): place for one, place in looks.items() if _short(one) not in looks}
+    looks |= {_short(found, one): place for one, place in looks.items() if _short(found, one) not in looks}
     return looks.get(name, len(looks))
 
 
-def _short(name: str) -> str:
-    shown = words.plain(SHORT.get(name, name.removesuffix(", not trained")))
+def _short(found: Ternary, name: str) -> str:
+    """A name for a drawing, where there is little room."""
+    own = {found.rounded: ROUNDED, SAME_BYTES: "same bytes"}
+    shown = words.plain(own.get(name, name.removesuffix(f", {ROUNDED}")))
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 
 
@@ -152,7 +153,7 @@ def _trainings(found: Ternary) -> str:
     if not lines and not drawn:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return _heading("What rounding took, what training brought back") + (f"<ul>{items}</ul>" if items else "") + drawn
+    return _heading(told.rounding_title(found)) + (f"<ul>{items}</ul>" if items else "") + drawn
 
 
 def _losses(found: Ternary) -> str:
@@ -192,7 +193,8 @@ def _levels(found: Ternary) -> str:
 
 def _tasks(found: Ternary) -> str:
     """Right answers by level of the model before, after rounding alone, and after: one chart per task."""
-    wanted = dict.fromkeys(filter(None, (found.rounded, found.parent, found.made)))  # those behind first
+    drawn = {one.name for one in told.different(found)}
+    wanted = [name for name in (found.rounded, found.parent, found.made) if name in drawn]  # those behind first
     sides = [(name, _series(found, name), found.levels[name]) for name in wanted if found.levels.get(name)]
     cells = dict.fromkeys(cell for _, _, scores in sides for cell in scores)
     tasks: dict[str, list[str]] = {}

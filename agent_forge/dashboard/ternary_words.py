@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 from agent_forge.dashboard import words
+from agent_forge.dashboard.ternary import ROUNDED, SAME_BYTES
 from agent_forge.dashboard.thoughts_words import SHARE, estimate
 from agent_forge.dashboard.tree import Gate, Sized, Ternary
 
@@ -18,8 +19,6 @@ LOST = ("level", "before", "not trained", "after", "change")
 """Names of what :func:`lost_rows` gives."""
 LOSSES = ("training", "steps", "nats per token, first tenth", "last tenth")
 """Names of what :func:`loss_rows` gives."""
-SAME_BYTES = "full precision, same bytes"
-"""The model that no grid rounds."""
 GRIDS = {
     "ternary": "linear maps in three values (−1, 0 or 1 times a scale)",
     "int8": "linear maps in 8 bits",
@@ -177,9 +176,15 @@ def meaning(found: Ternary, one: Sized) -> str:
         return ""
     if one.name == found.made:
         return grid + {True: ", trained on that grid", False: ", rounded and not trained", None: ""}[found.trained]
-    if one.name == found.rounded and found.trained:
-        return "rounded to the same grid and left so: the difference is what training adds"
-    return f"{grid}, rounded and not trained" if rest == "not trained" else grid
+    if one.name == found.rounded and found.trained is not None:
+        same, apart = "the same: it was handed on as it was rounded", "the difference is what training adds"
+        return f"rounded to the same grid and left so: {apart}" if found.trained else same
+    return f"{grid}, rounded and not trained" if rest == ROUNDED else grid
+
+
+def different(found: Ternary) -> list[Sized]:
+    """The models that differ: one that was only rounded is what was made, where training was not taken."""
+    return [one for one in found.models if found.trained is not False or one.name != found.rounded]
 
 
 def model_rows(found: Ternary) -> list[list[str]]:
@@ -202,6 +207,11 @@ def questions(found: Ternary) -> str:
     """``600 questions``; nothing where that was not recorded."""
     counts = sorted({one.n for one in found.models if one.n is not None})
     return f"{' to '.join(f'{n:,}' for n in counts[:: max(1, len(counts) - 1)])} questions" if counts else ""
+
+
+def rounding_title(found: Ternary) -> str:
+    """A heading for :func:`rounding`."""
+    return "What rounding took" + (", what training brought back" if found.trained else "")
 
 
 def rounding(found: Ternary) -> list[str]:

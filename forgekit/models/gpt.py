@@ -20,6 +20,7 @@ from forgekit.models.layers import (
     Embedding,
     FeedForward,
     RMSNorm,
+    generating,
     select_rows,
 )
 
@@ -83,7 +84,7 @@ class GPT(nn.Module):
                 x_BTD, layer = block(*args)
             layers.append(layer)
         after = GPTState(state.position_B + lengths, layers) if state else None
-        return self.norm(x_BTD), after
+        return (self.norm.one_token(x_BTD) if generating(x_BTD, state, lengths_B) else self.norm(x_BTD)), after
 
     def forward(self, input_ids_BT: Tensor, state: GPTState | None = None, lengths_B: Tensor | None = None) -> Output:
         """Score every next token. Give ``initial_state(B)`` to get a state back.

@@ -77,6 +77,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-6)
 
+    def one_token(self, x: Tensor) -> Tensor:
+        """:meth:`forward` up to rounding, without gradients: for a few rows torch takes longer to begin than to do it."""
+        return kernels.rms_norm(x, self.weight) if kernels.compiled(x, self.weight) else self(x)
+
 
 def turns(pos_BT: Tensor, width: int, base: float) -> Turns:
     """Cosines and sines (B, 1, T, K) of the rotary angles at absolute positions, for heads of width K; the first half of
@@ -242,8 +246,7 @@ class Attention(nn.Module):
             turn: :func:`turns` at ``pos_BT``, which are the same in all layers.
             norm: what the inputs pass first.
         """
-        free = not (torch.is_grad_enabled() or self.training)
-        if free and state is not None and x_BTD.shape[1] == 1 and lengths_B is None:
+        if generating(x_BTD, state, lengths_B) and not self.training:
             return self._attend_one(x_BTD, pos_BT, state, turn, norm)
         if norm is not None:
             x_BTD = norm(x_BTD)
@@ -298,10 +301,8 @@ class Attention(nn.Module):
 
     def _compiled(self, qkv: Tensor, log: Log) -> bool:
         """Whether compiled code can attend."""
-        width = self.shape.width // self.shape.heads
-        fits = qkv.dtype is log.k_BHLK.dtype is torch.float32 and width % kernels.HEAD_STEP == 0
-        weights = (self.gain_H, self.conv_CJ)
-        return fits and all(w is None or w.dtype is torch.float32 for w in weights) and kernels.attends(qkv)
+        fits = (self.shape.width // self.shape.heads) % kernels.HEAD_STEP == 0
+        return fits and kernels.compiled(qkv, log.k_BHLK, self.gain_H, self.conv_CJ)
 
     def _attend_plainly(self, qkv: Tensor, log: Log, state: AttentionState, turn: Turns, pos_B1: Tensor) -> tuple:
         """One token in torch: (B, 1, D), the state after it, the convolution's tail."""
@@ -470,6 +471,11 @@ def squared_relu(x: Tensor) -> Tensor:
         return SquaredReLU.apply(x)
     positive = F.relu(x)
     return positive * positive
+
+
+def generating(x_BTD: Tensor, state: object, lengths_B: Tensor | None) -> bool:
+    """Whether it is one new token in every row, without gradients."""
+    return x_BTD.shape[1] == 1 and state is not None and lengths_B is None and not torch.is_grad_enabled()
 
 
 def side_by_side(maps: Sequence[nn.Module], x: Tensor, norm: RMSNorm | None = None) -> Tensor:

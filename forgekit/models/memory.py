@@ -20,15 +20,19 @@ Shapes: B batch, T tokens, D model width, H memory heads, K head width, C chunk 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forgekit.models.layers import CONV_TAPS, RMSNorm, identity_taps, linear, short_conv
+from forgekit.infer import kernels
+from forgekit.models.layers import CONV_TAPS, RMSNorm, generating, identity_taps, linear, short_conv
 
 MOMENTUM = 0.5
 """Most momentum a memory may have: with steps up to 1 the largest that is stable for every order of keys."""
+MOST = 0.999
+"""Most that a token may make forgotten."""
 
 
 @dataclass
@@ -65,6 +69,13 @@ class MemoryShape:
     capacity: int
     surprise_weight: float
     novelty_weight: float
+
+
+@lru_cache
+def limits(shape: MemoryShape) -> Tensor:
+    """The bounds of the gates, as compiled code wants them (:data:`forgekit.infer.kernels.llvm_memory.LIMITS`)."""
+    numbers = [1.0 / shape.capacity, 2 * shape.novelty_weight, MOST, MOMENTUM, 2 * shape.surprise_weight]
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 class TitansMemory(nn.Module):
@@ -107,13 +118,19 @@ class TitansMemory(nn.Module):
         Returns:
             (B, T, D) what was recalled, and the memory after each row's last real token.
         """
+        one = generating(x_BTD, state, lengths_B)
         state = state or self.initial_state(x_BTD.shape[0], x_BTD.device)
         projected = self.wqkv(x_BTD).float()
         gate_logits = self.gates(x_BTD).float()
+        before = (state.M_BHKK, state.S_BHKK, state.tail_BJD)
+        if one and kernels.compiled(projected, gate_logits, *before, self.conv_CJ, self.norm.weight) and self._wide:
+            writing = kernels.Writing(self.conv_CJ, limits(self.shape), self.norm.weight)
+            out, after = kernels.remember(projected, gate_logits, before, writing)
+            return self.wo(out.to(x_BTD.dtype)), MemoryState(*after)
         with torch.autocast(x_BTD.device.type, enabled=False):
             q, k, v, tail = self._keys(projected, state.tail_BJD, lengths_B)
             alpha, eta, theta = self._gates(gate_logits)
-            if x_BTD.shape[1] == 1 and lengths_B is None and not torch.is_grad_enabled():
+            if one:
                 out, M, S = one_token((q, k, v), (alpha, eta, theta), state)
                 return self._read(out, x_BTD.dtype), MemoryState(M, S, tail)
             live = None
@@ -122,6 +139,11 @@ class TitansMemory(nn.Module):
                 alpha, theta, eta = alpha * live, theta * live, torch.where(live > 0, eta, 1.0)
             out, M, S = scan_chunks((q, k, v), (alpha, eta, theta), state, self.shape.chunk, live)
         return self._read(out, x_BTD.dtype), MemoryState(M, S, tail)
+
+    @property
+    def _wide(self) -> bool:
+        """Whether compiled code can take the width of a head."""
+        return (self.shape.inner // self.shape.heads) % kernels.MEMORY_STEP == 0
 
     def _read(self, out_BHTK: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T, D) of what the heads recall."""
@@ -142,7 +164,7 @@ class TitansMemory(nn.Module):
         """
         alpha, eta, theta = logits_BTG.sigmoid().transpose(1, 2).chunk(3, dim=1)
         floor = 1.0 / self.shape.capacity
-        alpha = (floor + 2 * self.shape.novelty_weight * alpha).clamp(max=0.999)
+        alpha = (floor + 2 * self.shape.novelty_weight * alpha).clamp(max=MOST)
         return alpha, eta.clamp(max=MOMENTUM), (2 * self.shape.surprise_weight * theta).clamp(max=1.0)
 
 

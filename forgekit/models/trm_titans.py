@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from forgekit.models.base import Loss, Output, mean_nats, supervised_positions, whole
 from forgekit.models.config import TRMTitansConfig
 from forgekit.models.gpt import Block, positions
-from forgekit.models.layers import AttentionState, Embedding, RMSNorm, linear, select_rows, squared_relu
+from forgekit.models.layers import AttentionState, Embedding, RMSNorm, generating, linear, select_rows, squared_relu
 from forgekit.models.memory import DecayMemory, MemoryShape, MemoryState, TitansMemory
 
 HALT_BIAS = -3.0
@@ -77,14 +77,14 @@ class GatedMemory(nn.Module):
 
         Nobody asks for the entropy where tokens are generated one by one: there it is None.
         """
-        generating = state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled()
-        inputs = self.norm(x_BTD)
+        one = generating(x_BTD, state, lengths_B)
+        inputs = self.norm.one_token(x_BTD) if one else self.norm(x_BTD)
         recalled, state = self.memory(inputs, state, lengths_B)
         logit = self.gate_out(F.silu(self.gate_in(inputs)))
         gate = logit.sigmoid()
+        if one:
+            return attended_BTD + gate * self.out_norm.one_token(recalled), state, None
         blended_BTD = attended_BTD + gate * self.out_norm(recalled)
-        if generating:
-            return blended_BTD, state, None
         entropy_BT = (F.softplus(logit.float()) - gate.float() * logit.float()).mean(-1) / math.log(2)
         return blended_BTD, state, entropy_BT
 
@@ -207,7 +207,8 @@ class TRMTitans(nn.Module):
             memories.append(result[2] if len(result) > 2 else None)
             entropies += [e for e in result[3:] if e is not None]
         after = TRMTitansState(state.position_B + lengths, layers, memories) if state else None
-        return self.norm(x_BTD), after, torch.stack(entropies).mean(0) if entropies else None
+        h_BTD = self.norm.one_token(x_BTD) if generating(x_BTD, state, lengths_B) else self.norm(x_BTD)
+        return h_BTD, after, torch.stack(entropies).mean(0) if entropies else None
 
     def forward(
         self, input_ids_BT: Tensor, state: TRMTitansState | None = None, lengths_B: Tensor | None = None

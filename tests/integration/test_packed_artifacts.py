@@ -634,7 +634,7 @@ def test_doctor_says_which_kernels_there_are_and_how_to_have_better_ones(forge, 
     kernels._choose.cache_clear()
     try:
         row = kernels_row(forge)
-        assert row["result"] == "plain torch" and row["advice"] == "pip install agent-forge[kernels] for faster ones"
+        assert row["result"] == "plain torch" and row["advice"] == "pip install llvmlite for faster ones"
     finally:
         kernels._choose.cache_clear()
     monkeypatch.undo()

@@ -188,6 +188,10 @@ def test_a_model_that_nobody_asked_is_told_by_its_text_and_speed():
     assert meanings["int8"] == "linear maps in 8 bits, trained on that grid" and meanings["odd [one]"] == ""
     assert meanings["int8, not trained"].startswith("rounded to the same grid")
     assert meanings["ternary, not trained"].startswith("linear maps in three values")
+    measured = [{**row, "accuracy": 0.5 + i / 10} for i, row in enumerate(models)]
+    html = ternary_section(ternary({"models": measured, "phase/finetuned": True}, {"chosen": "int8"}))
+    spots = re.findall(r'class="spot (s\d)"><title>([^:]+):', html)
+    assert [name for _, name in spots] == ["parent", "int8", "not trained", "int4", "ternary", "odd [one]"]
     html = ternary_section(found)
     assert "Bytes against" not in html and "odd [one]" in html and Page(html).wrong == []
     assert "Level by level" not in html and "Speed" not in plain(html).replace("Size, speed", "")
@@ -199,10 +203,14 @@ def test_rounding_that_was_enough_is_told():
     told = ternary_words.rounding(found)
     assert "Nothing was trained: rounding alone cost no more than the settings allow." in told
     assert not any("brought back" in line for line in told)
+    html = ternary_section(found)
+    assert "the same: it was handed on as it was rounded" in html and "brought back" not in plain(html)
+    assert html.count('class="spot ') == 5 and "not trained" not in " ".join(re.findall("<title>[^<]*", html))
     kept = made(**{"phase/finetuned": False})
     assert "Training made it no better on the select split, so the rounded one was kept." in (
         ternary_words.rounding(kept)
     )
+    assert not any("brought back" in line for line in ternary_words.rounding(kept))
     worse = made(recovery={"skills": -0.2, "perplexity": 1.1})
     assert "brought back none of the lost answers and took back 110 % of the added perplexity." in " ".join(
         ternary_words.rounding(worse)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer.kernels import cpu, plain
-from forgekit.infer.kernels.cpu import TernaryMaps, Token, attend
+from forgekit.infer.kernels.cpu import TernaryMaps, Token, Writing, attend, remember, rms_norm
 from forgekit.infer.kernels.llvm_attention import LANES
 from forgekit.quant.pack import width2
 from forgekit.registry import unknown
@@ -28,8 +28,8 @@ VARIABLE = "AGENT_FORGE_KERNELS"
 BACKENDS = ("llvm", "torch", "triton")
 SYNONYMS = {"numba": "llvm"}
 """numba brings the LLVM that is used here."""
-HEAD_STEP = 2 * LANES
-"""What the width of heads must be a multiple of for :func:`attend`."""
+HEAD_STEP, MEMORY_STEP = 2 * LANES, LANES
+"""What the width of heads must be a multiple of for :func:`attend`, and for :func:`remember`."""
 REMEDY = {"llvm": "pip install llvmlite", "triton": "pip install triton, on a machine with a GPU"}
 
 
@@ -96,9 +96,9 @@ def plain_floats(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
-def attends(qkv: Tensor) -> bool:
-    """Whether :func:`attend` can be used for a token like this: contiguous, on the CPU, compiled code allowed."""
-    return qkv.is_contiguous() and _chosen(qkv) == "llvm"
+def compiled(*tensors: Tensor | None) -> bool:
+    """Whether compiled code can take all of these: :func:`plain_floats`, or None."""
+    return _chosen(tensors[0]) == "llvm" and all(one is None or plain_floats(one) for one in tensors)
 
 
 def ternary_matmul_float(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 from forgekit.infer.kernels import plain
 from forgekit.infer.kernels.llvm_attention import attention_bytes, attention_module
 from forgekit.infer.kernels.llvm_grouped import GROUP, LEAST, STEP, digits_bytes, digits_module, grouped_module
+from forgekit.infer.kernels.llvm_memory import memory_bytes, memory_module
 from forgekit.infer.kernels.llvm_ternary import FLAVOURS, Flavour, ternary_module, token_bytes
 from forgekit.infer.kernels.llvm_text import OpenMP
 
@@ -47,6 +48,10 @@ class Compiled:
 
     call: Callable[..., None]
     engine: Any
+
+    def other(self, name: str, kinds: str) -> Callable[..., None]:
+        """Another function of the same text; ``kinds`` as for :func:`_compile`."""
+        return _signature(kinds)(self.engine.get_function_address(name))
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,58 @@ def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[
     return out, after
 
 
+@functools.cache
+def norm() -> Callable[..., None]:
+    """The norm that ternary products begin with, alone."""
+    return ternary()[1].other("norm", "pppnn")
+
+
+def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
+    """(..., C) over its root mean square, times the gain; contiguous float32 on the CPU: the caller has seen to it."""
+    out, columns = torch.empty_like(x), gain_C.numel()
+    norm()(x.data_ptr(), gain_C.data_ptr(), out.data_ptr(), x.numel() // columns, columns)
+    return out
+
+
+@functools.cache
+def memory() -> Compiled:
+    """One token of a Titans memory."""
+    return _compile(memory_module(machine().openmp), "remember", "p" * 13 + "n" * 4)
+
+
+class Writing(NamedTuple):
+    """What :func:`remember` knows beside token and state: taps of the convolution (3 H K, 4), bounds of the gates
+    (:data:`~forgekit.infer.kernels.llvm_memory.LIMITS`), and the gain (K) of the norm of what is read."""
+
+    taps: Tensor
+    limits: Tensor
+    gain: Tensor
+
+
+def remember(qkv: Tensor, gates: Tensor, state: tuple[Tensor, Tensor, Tensor], writing: Writing) -> tuple:
+    """One new token of every row for a Titans memory: convolved, written, read, normed.
+
+    Args:
+        qkv: (B, 1, 3 H K) queries, keys and values.
+        gates: (B, 1, 3 H), logits.
+        state: M and S (B, H, K, K), and the convolution's last inputs (B, 3, 3 H K).
+        writing: see there.
+
+    Returns:
+        (B, 1, H K), and M, S and last inputs after the token. All tensors are contiguous float32 on the CPU, K a multiple
+        of 16: the caller has seen to it.
+    """
+    M, S, tail = state
+    batch, heads, width, _ = M.shape
+    out, after = torch.empty(batch, 1, heads * width), tuple(torch.empty_like(x) for x in state)
+    threads = torch.get_num_threads() if 4 * M.numel() >= SHARED_ATTENTION else 1
+    pointers = (qkv, writing.taps, tail, after[2], gates, writing.limits, writing.gain, M, S, *after[:2], out)
+    memory().call(
+        *[x.data_ptr() for x in pointers], _scratch(memory_bytes(batch, heads, width)), batch, heads, width, threads
+    )
+    return out, after
+
+
 def _right(pair: tuple[Flavour, Compiled]) -> bool:
     """A small product as plain torch has it: processors that nobody tried must not give wrong numbers."""
     generator = torch.Generator().manual_seed(0)
@@ -238,8 +295,11 @@ def _compile(text: str, name: str, kinds: str) -> Compiled:
     module.verify()
     engine = llvm.create_mcjit_compiler(module, host)
     engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
-    return Compiled(kind(engine.get_function_address(name)), engine)
+    return Compiled(_signature(kinds)(engine.get_function_address(name)), engine)
+
+
+def _signature(kinds: str) -> Callable:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
 
 
 def _openmp() -> OpenMP:

@@ -35,6 +35,10 @@ EXPONENTIAL = (
 )  # fmt: skip
 """(exp(r) - 1 - r) / r^2 for |r| up to half of ln 2 (Cephes, expf)."""
 KIND = f"<{LANES} x float>"
+DECLARES = f"""declare {KIND} @llvm.fmuladd.v{LANES}f32({KIND}, {KIND}, {KIND})
+declare {KIND} @llvm.rint.v{LANES}f32({KIND})
+declare float @llvm.vector.reduce.fadd.v{LANES}f32(float, {KIND})
+declare float @llvm.sqrt.f32(float)"""
 
 
 def attention_module(openmp: OpenMP) -> str:
@@ -69,14 +73,11 @@ def attention_module(openmp: OpenMP) -> str:
     w.loop("0", rows, 1, [], mix)
     share_out(w, a, (fields, memory))
     declares = [
-        f"declare {KIND} @llvm.fmuladd.v{LANES}f32({KIND}, {KIND}, {KIND})",
-        f"declare {KIND} @llvm.rint.v{LANES}f32({KIND})",
+        DECLARES,
         f"declare {KIND} @llvm.maxnum.v{LANES}f32({KIND}, {KIND})",
-        f"declare float @llvm.vector.reduce.fadd.v{LANES}f32(float, {KIND})",
         f"declare float @llvm.vector.reduce.fmax.v{LANES}f32({KIND})",
-        "declare float @llvm.sqrt.f32(float)",
     ]
-    return "\n".join([*declares, _mix(), _heads(fields), workers(fields, openmp), w.end()])
+    return "\n".join([*declares, convolution(), _heads(fields), workers(fields, openmp), w.end()])
 
 
 def attention_bytes(shape: tuple[int, int, int], seen: int, conv: bool) -> int:
@@ -86,8 +87,9 @@ def attention_bytes(shape: tuple[int, int, int], seen: int, conv: bool) -> int:
     return 4 * batch * heads * (each + 3 * width * conv)
 
 
-def _mix() -> str:
-    """A token's convolution, and the inputs that the next token needs: all but the oldest, and its own."""
+def convolution(then: Callable[[Writer, str], str] = lambda w, mixed: mixed) -> str:
+    """A token's convolution, ``then`` what follows it, and the inputs that the next token needs: all but the oldest,
+    and its own."""
     w = Writer("internal void @mix(ptr %x, ptr %tail, ptr %next, ptr %out, ptr %taps, i64 %C)")
     row = w.times("%C", 4)
 
@@ -95,11 +97,11 @@ def _mix() -> str:
         to = w.times(c, 4)
         taps = w.load(f"<{TAPS * LANES} x float>", w.at("%taps", w.times(to, TAPS)))
         before = [w.load(KIND, w.at("%tail", w.times(row, j), to)) for j in range(TAPS - 1)]
-        inputs, total = [*before, w.load(KIND, w.at("%x", to))], "zeroinitializer"
+        inputs, mixed = [*before, w.load(KIND, w.at("%x", to))], "zeroinitializer"
         for j, value in enumerate(inputs):
             tap = w.pick(TAPS * LANES, "float", taps, "poison", range(j, TAPS * LANES, TAPS))
-            total = multiply_add(w, tap, value, total)
-        w.store(KIND, total, w.at("%out", to))
+            mixed = multiply_add(w, tap, value, mixed)
+        w.store(KIND, then(w, mixed), w.at("%out", to))
         for j, value in enumerate(inputs[1:]):
             w.store(KIND, value, w.at("%next", w.times(row, j), to))
 
@@ -129,8 +131,8 @@ def _heads(fields: list[str]) -> str:
         seen = w.times(a.start, a.row)
         count = w.plus(w.let(f"sub i64 {a.end}, {a.start}"), 1)
         _scores(w, a, (query, w.at(keys, seen), scores), count)
-        total = _exponentials(w, scores, count)
-        _values(w, a, (scores, w.at(values, seen), w.at(a.out, w.times(r, a.row))), (count, total))
+        whole = _exponentials(w, scores, count)
+        _values(w, a, (scores, w.at(values, seen), w.at(a.out, w.times(r, a.row))), (count, whole))
 
     w.loop("%r0", "%r1", 1, [], head)
     return w.end()
@@ -141,25 +143,39 @@ def _vectors(w: Writer, a: SimpleNamespace, body: Callable, carried: list[tuple[
     return w.loop("0", a.row, 4 * LANES, carried or [], body)
 
 
-def _factor(w: Writer, a: SimpleNamespace, x: str, head: str | None) -> str:
-    """What queries of a head (keys: None) are multiplied with: their length and gain, or 1 / sqrt(K)."""
+def squares(w: Writer, x: str, row: str) -> str:
+    """The sum of squares of so many bytes."""
 
     def square(c: str, sums: list[str]) -> list[str]:
         value = w.load(KIND, w.at(x, c))
         return [multiply_add(w, value, value, sums[0])]
 
-    [sums] = _vectors(w, a, square, [(KIND, "zeroinitializer")])
-    total = w.let(f"call reassoc float @llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {KIND} {sums})")
-    length = w.let(f"call float @llvm.sqrt.f32(float {total})")
-    short = w.let(f"fcmp olt float {length}, {SHORTEST}")
-    length = w.let(f"select i1 {short}, float {SHORTEST}, float {length}")
+    [sums] = w.loop("0", row, 4 * LANES, [(KIND, "zeroinitializer")], square)
+    return total(w, sums)
+
+
+def total(w: Writer, vector: str) -> str:
+    """The sum over the lanes."""
+    return w.let(f"call reassoc float @llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {KIND} {vector})")
+
+
+def length(w: Writer, x: str, row: str) -> str:
+    """The length of a vector of so many bytes, as normalising divides by it."""
+    root = w.let(f"call float @llvm.sqrt.f32(float {squares(w, x, row)})")
+    short = w.let(f"fcmp olt float {root}, {SHORTEST}")
+    return w.let(f"select i1 {short}, float {SHORTEST}, float {root}")
+
+
+def _factor(w: Writer, a: SimpleNamespace, x: str, head: str | None) -> str:
+    """What queries of a head (keys: None) are multiplied with: their length and gain, or 1 / sqrt(K)."""
+    long = length(w, x, a.row)
     none = w.let(f"icmp eq ptr {a.gain}, null")
     if head is None:
-        return w.let(f"select i1 {none}, float 1.0, float {w.let(f'fdiv float 1.0, {length}')}")
+        return w.let(f"select i1 {none}, float 1.0, float {w.let(f'fdiv float 1.0, {long}')}")
     root = w.let(f"call float @llvm.sqrt.f32(float {w.let(f'sitofp i64 {a.K} to float')})")
     # Without a gain there is no address to read: any float will do.
     gain = w.load("float", w.let(f"select i1 {none}, ptr {x}, ptr {w.at(a.gain, w.times(head, 4))}"))
-    normed = w.let(f"fdiv float {gain}, {length}")
+    normed = w.let(f"fdiv float {gain}, {long}")
     return w.let(f"select i1 {none}, float {w.let(f'fdiv float 1.0, {root}')}, float {normed}")
 
 
@@ -222,15 +238,15 @@ def _exponentials(w: Writer, scores: str, count: str) -> str:
 
     def one(c: str, sums: list[str]) -> list[str]:
         value = w.let(f"fsub {KIND} {w.load(KIND, w.at(scores, c))}, {top}")
-        value = _exponential(w, value)
+        value = exponential(w, value)
         w.store(KIND, value, w.at(scores, c))
         return [w.let(f"fadd {KIND} {sums[0]}, {value}")]
 
     [sums] = w.loop("0", stop, 4 * LANES, [(KIND, "zeroinitializer")], one)
-    return w.let(f"call reassoc float @llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {KIND} {sums})")
+    return total(w, sums)
 
 
-def _exponential(w: Writer, x: str) -> str:
+def exponential(w: Writer, x: str) -> str:
     """exp of a vector of numbers that are not positive. NaN stays NaN."""
 
     def wide(value: str) -> str:
@@ -255,9 +271,9 @@ def _exponential(w: Writer, x: str) -> str:
 
 def _values(w: Writer, a: SimpleNamespace, places: tuple[str, str, str], sums: tuple[str, str]) -> None:
     """The values, weighed."""
-    (weights, values, out), (count, total) = places, sums
+    (weights, values, out), (count, whole) = places, sums
     fours = w.times(w.over(count, 4), 4)
-    share = w.splat(LANES, "float", w.let(f"fdiv float 1.0, {total}"))
+    share = w.splat(LANES, "float", w.let(f"fdiv float 1.0, {whole}"))
 
     def column(c: str, _: list[str]) -> None:
         def some(j: str, parts: list[str]) -> list[str]:

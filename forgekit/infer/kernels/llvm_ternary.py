@@ -116,7 +116,8 @@ FLAVOURS = (
 
 
 def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
-    """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input.
+    """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input; and of
+    :func:`_norm`.
 
     ``table`` has the addresses of packed weights and scales and the number of rows of each map; a token's outputs stand
     side by side. With a ``gain`` the tokens are RMS-normalised first. ``scratch`` has room for B :func:`token_bytes`.
@@ -149,8 +150,8 @@ def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
         return [w.plus(carried[0], a.R)]
 
     w.loop("0", "%maps", 1, [("i64", "0")], one_map)
-    functions = [_normalise(), _quantise(width), _ternary_rows(flavour, fields), workers(fields, openmp), w.end()]
-    return "\n".join([*_declares(flavour), *functions])
+    functions = [_normalise(), _norm(), _quantise(width), _ternary_rows(flavour, fields), workers(fields, openmp)]
+    return "\n".join([*_declares(flavour), *functions, w.end()])
 
 
 def _round_tokens(w: Writer, a: SimpleNamespace, padded: str) -> None:
@@ -190,6 +191,18 @@ def token_bytes(flavour: Flavour, columns: int) -> int:
     """Bytes of scratch that a token takes: Q rounded activations, filled up with zeros to whole vectors, their scale,
     their sum and, for a norm, C floats."""
     return 4 * flavour.width * -(-columns // (4 * flavour.width)) + 8 + 4 * columns
+
+
+def _norm() -> str:
+    """The text of ``void norm(x, gain, out, B, C)``: the norm alone."""
+    w = Writer("void @norm(ptr %x, ptr %gain, ptr %out, i64 %B, i64 %C)")
+
+    def token(t: str, _: list[str]) -> None:
+        to = w.times(w.times(t, "%C"), 4)
+        w.do(f"call void @normalise(ptr {w.at('%x', to)}, ptr %gain, ptr {w.at('%out', to)}, i64 %C)")
+
+    w.loop("0", "%B", 1, [], token)
+    return w.end()
 
 
 def _normalise() -> str:
