@@ -64,7 +64,11 @@ def hugging_face(kind: str) -> HFCausalLM:
         shape = {"hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2, "max_position_embeddings": 64}
         shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": kind == "llama_biased"}
         config = LlamaConfig(vocab_size=V, **shape, **ends, tie_word_embeddings=kind != "llama_untied")
-    return HFCausalLM(AutoModelForCausalLM.from_config(config)).eval()
+    model = HFCausalLM(AutoModelForCausalLM.from_config(config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases start at zero, and would hide that they are lost
+            p.add_(0.1 * torch.randn_like(p))
+    return model
 
 
 def model_of(kind: str) -> torch.nn.Module:
@@ -319,7 +323,9 @@ def test_unpacked_it_is_the_dequantised_model(kind, plan):
     model = model_of(kind)
     small, dense = packed(model, plan, GROUPS), dequantised(model, plan, GROUPS)
     assert rounds_activations(small) == (plan is PLAN)
-    wanted = packed(model, FLOATS, GROUPS)(IDS).logits if plan is PLAN else small(IDS).logits
+    floats = packed(model, FLOATS, GROUPS) if plan is PLAN else small
+    wanted = floats(IDS).logits
+    assert not rounds_activations(floats) and not rounds_activations(model)
     again = unpacked(small)
     assert again is small and not is_packed(again) and same(weights(again), weights(dense))
     assert [(n, type(m)) for n, m in again.named_modules()] == [(n, type(m)) for n, m in model.named_modules()]

@@ -661,6 +661,17 @@ def test_what_the_parent_could_do_of_the_same_questions_must_stay(thoughtful):
     assert ev.KNOWN in ev.gate("fall_back", known=True).requires
 
 
+def test_a_few_known_questions_cannot_be_certain_so_the_amount_counts(thoughtful):
+    honest, n = thoughtful[0], len(thoughtful[0].problems)
+    able = {**honest.rights, "parent": np.ones(n)}
+    for lost, told in ((0, []), (2, [f"no: {ev.KNOWN}: {2 / n:.3f} lost, 0.03 is allowed"])):
+        now = replace(honest, rights={**able, "with": np.r_[np.zeros(lost), np.ones(n - lost)]})
+        found = ev.measure(config(), finals(now, below=frozenset()))
+        assert verdicts(found)[ev.KNOWN] == ("no-difference" if lost else "improved")
+        reasons = ev.decide(config(), "fall_back", found, now).reasons
+        assert [one for one in reasons if one.startswith(f"no: {ev.KNOWN}")] == told
+
+
 def _parts(watched: Watched):
     return watched.problems, watched.thoughts
 

@@ -85,7 +85,7 @@ def gate(policy: str, known: bool) -> Gate:
         KEPT: "improved",
     }
     if known:
-        needs[KNOWN] = "improved"
+        needs[KNOWN] = "not-worse"  # often a few dozen questions: too few to be certain; the amount counts as well
     return Gate(name="quietstar", requires=needs, policy=policy)
 
 
@@ -100,6 +100,9 @@ def decide(config: QuietStarConfig, policy: str, evidence: Sequence[Evidence], t
         reasons.append(f"no: {BELOW} by {gain.after - gain.before:.3f}, {config.least_gain:g} is asked for")
     if valid and valid.after is not None and valid.after < config.least_valid:
         reasons.append(f"no: {VALID}: {valid.after:.3f}, {config.least_valid:g} is asked for")
+    if (known := claims.get(KNOWN)) and None not in (known.before, known.after) and known.after < known.before:
+        lost = known.before + config.grace - known.after
+        reasons.append(f"no: {KNOWN}: {lost:.3f} lost, {config.grace:g} is allowed")
     if skills and skills.verdict == "no-signal":
         reasons.append(f"no: {SKILLS}: the parent is not above chance on them, so nothing can be said to be kept")
     return GateResult(passed=decision.passed and not reasons, reasons=(*decision.reasons, *reasons))
