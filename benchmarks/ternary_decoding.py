@@ -3,8 +3,8 @@
     python -m benchmarks.ternary_decoding [--only speed memory] [--threads 1 2] [--results FOLDER]
 
 Models of the profile ``small``: its own family and the plain one, solved for the same size. Their weights are random:
-neither speed nor bytes depend on what was learnt. All sides run the same code but for the weights. Memory is measured in
-processes of their own. Exits 1 if a target is missed.
+neither speed nor bytes depend on what was learnt. All sides run the same code but for the weights. Memory is measured
+in processes of their own. Exits 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from agent_forge.profile import load_profile
 from benchmarks import common
 from benchmarks.common import publish, ratio, tell
 from forgekit.infer import kernels
-from forgekit.infer.kernels import cpu
+from forgekit.infer.kernels import cpu, steps
 from forgekit.models.budget import solve_budget
 from forgekit.models.config import GPTConfig
 from forgekit.models.io import build_model, read_model, write_model
@@ -50,9 +50,7 @@ def configs() -> dict[str, GPTConfig]:
     own = profile.model_config_solved()
     shape = {name: getattr(own, name) for name in ("vocab_size", "n_layers", "n_heads", "window", "max_seq_len")}
     width, share = profile.model.d_model, profile.model.embedding_share
-    plain = solve_budget(
-        GPTConfig(**shape), profile.model.target_parameters, width=width, embedding_share=share
-    ).config
+    plain = solve_budget(GPTConfig(**shape), profile.model.target_parameters, width=width, embedding_share=share).config
     return {own.family: own, plain.family: plain}
 
 
@@ -132,7 +130,7 @@ def held(folder: Path) -> dict[str, int]:
     """
     torch.set_num_threads(1)
     if kernels.backend() == "llvm":
-        cpu.ternary(), cpu.digits(), cpu.attention(), cpu.memory()
+        cpu.ternary(), cpu.digits(), steps.attention(), steps.memory(), steps.norm()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
@@ -148,7 +146,9 @@ def held(folder: Path) -> dict[str, int]:
 def in_a_process(folder: Path) -> dict[str, int]:
     """:func:`held`, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.ternary_decoding", "--held", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return json.loads(done.stdout)
 
 
@@ -190,15 +190,17 @@ def common_tokenizer():
 
 def notes() -> list[str]:
     """What the numbers mean."""
+    shapes = ", ".join(f"{name} {one.parameters():,} parameters" for name, one in configs().items())
     return [
-        f"Models of the profile small ({', '.join(f'{n} {c.parameters():,} parameters' for n, c in configs().items())}) "
-        "with random weights: neither speed nor bytes depend on what was learnt. Batch 1, greedy, state cached; "
-        f"{TOKENS} tokens in each of {ROUNDS} rounds in which all sides take turns; medians over rounds. All sides run the "
-        "same code (compiled attention, norms and memory where there is LLVM) but for the weights.",
-        "packed: ternary maps in 2 bits with 8-bit activations, embedding and head in 8 bits with a scale per 32 columns. "
-        "int8, dynamic: torch.ao's quantize_dynamic of all nn.Linear; the tied head is none, so it stays fp32.",
-        f"Memory: what the resident set grows by, at its peak, while a fresh process that has imported everything and "
-        f"compiled the kernels opens the artifact from disk and decodes {HELD_TOKENS} tokens after {BEFORE}; medians of 3.",
+        f"Models of the profile small ({shapes}) with random weights: neither speed nor bytes depend on what was learnt. "
+        f"Batch 1, greedy, state cached; {TOKENS} tokens in each of {ROUNDS} rounds in which all sides take turns; "
+        "medians over rounds. All sides run the same code but for the weights; attention and memory of a token are "
+        "compiled for the float32 sides (fp32, int8, packed).",
+        "packed: ternary maps in 2 bits with 8-bit activations, embedding and head in 8 bits with a scale per 32 "
+        "columns. int8, dynamic: torch.ao's quantize_dynamic of all nn.Linear; the tied head is none and stays fp32.",
+        "Memory: what the resident set grows by, at its peak, while a fresh process that has imported all and "
+        f"compiled the kernels opens the artifact from disk and decodes {HELD_TOKENS} tokens after {BEFORE}; medians of "
+        "3.",
         f"Targets: {FASTER} times as fast as fp32, {SMALLER:.0f} times less memory.",
     ]
 

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from benchmarks.common import alternate, publish, ratio, tell
 from forgekit.infer import kernels
 from forgekit.infer.kernels import cpu
-from forgekit.infer.kernels.llvm_ternary import ternary_module, token_bytes
-from forgekit.quant.config import GroupPlan
+from forgekit.infer.kernels.llvm_ternary import token_bytes
+from forgekit.quant.config import GroupPlan, TernaryPlan
+from forgekit.quant.grid import Ternary
 from forgekit.quant.groupwise import round_groups
-from forgekit.quant.pack import pack2
+from forgekit.quant.layers import PackedLinear
 
-SHAPES = ((256, 256), (1024, 256), (512, 512), (1536, 512), (1024, 1024), (1024, 4096), (4096, 1024))
+SHAPES = ((256, 256), (1024, 256), (512, 512), (1536, 512), (1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096))
 HEADS = ((1024, 512), (32768, 128))
 BATCHES = (4, 16, 64)
 ROUNDS, SECONDS = 9, 0.04
@@ -83,20 +84,19 @@ def measure(sides: dict, peer: Peer | None, ask: dict) -> list:
 
 
 def ternary_sides(rows: int, columns: int, batch: int) -> dict:
-    """A product of ternary weights, its compiled part alone, and the same weights in torch's types."""
+    """A map of ternary weights as models call it, its compiled part alone, and the same weights in torch's types."""
     codes_RC = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
-    packed_RP, scale_R, x_BC = pack2(codes_RC), torch.rand(rows), torch.randn(batch, columns)
+    scale_R, x_BC = torch.rand(rows), torch.randn(batch, columns)
+    layer = PackedLinear.from_ternary(Ternary(codes_RC, scale_R[:, None]), None, TernaryPlan())
     flavour, code = cpu.ternary()
-    scratch, out_BR = (
-        torch.empty(batch * (token_bytes(flavour, columns) + 8), dtype=torch.uint8),
-        torch.empty(batch, rows),
-    )
+    table = torch.tensor([layer.codes.data_ptr(), layer.scale.data_ptr(), rows])
+    scratch = torch.empty(batch * token_bytes(flavour, columns), dtype=torch.uint8)
     threads = torch.get_num_threads() if batch * rows * columns >= cpu.SHARED_TERNARY else 1
-    keep = (packed_RP, scale_R, x_BC, out_BR, scratch)
-    places = [t.data_ptr() for t in keep]
+    keep = (layer, table, x_BC, torch.empty(batch, rows), scratch)
+    places = (table.data_ptr(), 1, x_BC.data_ptr(), 0, keep[3].data_ptr(), scratch.data_ptr())
     return {
-        "ours": lambda _: kernels.ternary_matmul(packed_RP, scale_R, x_BC, columns),
-        "alone": lambda _, keep=keep: code.call(*places, batch, rows, columns, threads),
+        "ours": lambda _: layer(x_BC),
+        "alone": lambda _, keep=keep: code.call(*places, batch, columns, threads),
         **dense_sides(codes_RC * scale_R[:, None], x_BC),
     }
 
@@ -154,15 +154,17 @@ def lesser_machines(peer: Peer | None) -> list[list]:
 def costs() -> list[str]:
     """What a call costs beside the product, what the first one costs, and the way without LLVM."""
     clock = time.perf_counter()
-    cpu._compile(ternary_module(cpu.ternary()[0], cpu.machine().openmp), "ternary", 5, 4)
+    cpu.ternary.__wrapped__(cpu.ternary()[0])
     compiled = time.perf_counter() - clock
     tiny = ternary_sides(16, 64, 1)["ours"]
     sides = ternary_sides(1024, 1024, 1)
     name, kept = kernels.VARIABLE, os.environ.get(kernels.VARIABLE)
 
+    packed_RP, scale_R, x_BC = torch.zeros(1024, 256, dtype=torch.uint8), torch.rand(1024), torch.randn(1, 1024)
+
     def plainly(_: int) -> None:
         os.environ[name] = "torch"
-        sides["ours"](0)
+        kernels.ternary_matmul(packed_RP, scale_R, x_BC, 1024)
         os.environ.pop(name)
 
     times = alternate({"tiny": tiny, "ours": sides["ours"], "plain": plainly}, ROUNDS, 200)

@@ -106,7 +106,7 @@ def opened(folder: str, model: str) -> Bench:
     """Parent, data, and what the parent can do."""
     profile = load_profile("nano")
     torch.set_num_threads(1)  # the times are of one thread; the demo has two, and a second training beside it
-    config = profile.phase("bitnet")
+    config = changed(profile.phase("bitnet"), {"evaluation": {"problems": 24, "select": 12}}, SEEDS[0])
     parent = open_parent(ModelStorage(folder), [model], config)
     first = TextPlan.build(profile.phases["cognate"]["text"], "phases.cognate.text")
     data = prepare(config, parent.tokenizer, parent.speciality, first, None)

@@ -84,7 +84,8 @@ def _run(storage: str, wanted: dict[str, Any], *, show: bool, tell: bool, as_jso
                 result = forge.run_single_phase(PHASE)
         except KeyboardInterrupt:
             if tell:
-                say(f"paused; go on with: agent-forge run --resume {forge.session_id[:8]}", "yellow")
+                copy = "; it makes no copy for --out" if wanted["output"] is not None else ""
+                say(f"paused; go on with: agent-forge run --resume {forge.session_id[:8]}{copy}", "yellow")
             raise
     if tell:
         _told(forge, result, wanted["output"], as_json)

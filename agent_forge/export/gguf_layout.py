@@ -101,7 +101,9 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
         raise _refused(source, what, remedy)
     if says_packed(config):
         what = "the weights are packed, and llama.cpp rounds activations otherwise"
-        raise _refused(source, what, f"{way_to_dense(source)}; export that, with --dtype tq2_0 if it is ternary")
+        raise _refused(
+            source, what, f"{way_to_dense(source)}; export that, with --dtype q8_0, or tq2_0 where every map is ternary"
+        )
 
 
 def _refused(source: Path, what: str, remedy: str) -> ConfigError:

@@ -78,13 +78,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), eps=1e-6)
 
     def one_token(self, x: Tensor) -> Tensor:
-        """:meth:`forward` up to rounding, without gradients: for a few rows torch takes longer to begin than to do it."""
-        return kernels.rms_norm(x, self.weight) if kernels.compiled(x, self.weight) else self(x)
+        """:meth:`forward` up to rounding, without gradients: for a few rows torch's takes longer to begin than to
+        do."""
+        return kernels.rms_norm(x, self.weight) if kernels.takes(x, self.weight) else self(x)
 
 
 def turns(pos_BT: Tensor, width: int, base: float) -> Turns:
-    """Cosines and sines (B, 1, T, K) of the rotary angles at absolute positions, for heads of width K; the first half of
-    the sines has the other sign."""
+    """Cosines and sines (B, 1, T, K) of the rotary angles at absolute positions, for heads of width K.
+
+    The first half of the sines has the other sign.
+    """
     half = width // 2
     freq_K = base ** (-torch.arange(half, device=pos_BT.device, dtype=torch.float32) / half)
     angle = pos_BT[:, None, :, None].float() * freq_K
@@ -302,7 +305,7 @@ class Attention(nn.Module):
     def _compiled(self, qkv: Tensor, log: Log) -> bool:
         """Whether compiled code can attend."""
         fits = (self.shape.width // self.shape.heads) % kernels.HEAD_STEP == 0
-        return fits and kernels.compiled(qkv, log.k_BHLK, self.gain_H, self.conv_CJ)
+        return fits and kernels.takes(qkv, log.k_BHLK, self.gain_H, self.conv_CJ)
 
     def _attend_plainly(self, qkv: Tensor, log: Log, state: AttentionState, turn: Turns, pos_B1: Tensor) -> tuple:
         """One token in torch: (B, 1, D), the state after it, the convolution's tail."""

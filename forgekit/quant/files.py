@@ -371,8 +371,8 @@ def _module(
         raise _misfit(f"{name}.scale", what, path)
     if not (scale.isfinite() & (scale >= 0)).all():
         raise _misfit(f"{name}.scale", "holds NaN, infinite or negative scales", path)
-    if len(codes) != rows:
-        raise _misfit(f"{name}.codes", f"has {len(codes)} rows, the scales have {rows}", path)
+    if codes.ndim != 2 or len(codes) != rows:
+        raise _misfit(f"{name}.codes", f"is {_by(codes.shape)}, the scales have {rows} rows", path)
     try:
         if not ternary:
             grouped = Grouped(unpack_bits(codes, columns, entry.bits), scale, entry.group, entry.bits)
@@ -392,6 +392,8 @@ def _fill_rest(model: nn.Module, left: dict[str, Tensor], path: Path) -> None:
         value, place = left[name], places[name]
         if value.shape != place.shape:
             raise _misfit(name, f"is {_by(value.shape)}, but config.json makes it {_by(place.shape)}", path)
+        if value.dtype not in ((torch.float16, torch.float32) if place.is_floating_point() else (place.dtype,)):
+            raise _misfit(name, f"is stored as {value.dtype}", path)  # no checksum covers the table of types
         if value.is_floating_point():
             if not value.isfinite().all():
                 raise _misfit(name, "holds NaN or infinite values", path)

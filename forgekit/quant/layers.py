@@ -39,7 +39,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def ternary_of(weight_RC: Tensor, plan: TernaryPlan) -> Ternary:
     """The weight on the ternary grid as files hold it: its scales are numbers of float16.
 
-    Then a dequantised weight is exact in float16 too, and packing it again finds the same codes and scales.
+    Then a dequantised weight is exact in float16 too, and packing it again finds the same codes; and, where the plan
+    refits the scale, the same scales: without that the mean of a row with zeros is smaller.
 
     Raises:
         ArtifactError: weights that are not finite, or a scale beyond float16.
@@ -171,7 +172,8 @@ class PackedLinear(nn.Module):
             norm: an RMSNorm that x passes first.
         """
         gain = None if norm is None else norm.weight
-        if all(type(one) is PackedLinear and one.alone for one in maps) and (gain is None or plain_floats(gain)):
+        alike = all(type(one) is PackedLinear and one.alone and one.columns == maps[0].columns for one in maps)
+        if alike and (gain is None or plain_floats(gain)):
             ready = maps[0]._ready(maps, x)
             if ready is not None:
                 return ready(x, gain)

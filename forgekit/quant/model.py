@@ -221,7 +221,7 @@ def _first_gain(
     source: nn.Module, name: str, plan: MapPlan, statistics: Mapping[str, InputStatistics] | None
 ) -> Tensor | None:
     """Where the gain of a map's sub-layer norm starts; None if it gets none."""
-    if not wants_sub_norm(plan) or not f".{name}".endswith(tuple(f".{end}" for end in SUB_NORMED)):
+    if not gets_sub_norm(name, plan):
         return None
     if statistics is None:
         remedy = "give statistics=calibrate(model, batches)"
@@ -231,9 +231,9 @@ def _first_gain(
     return torch.full((columns,), seen.mean_rms if seen is not None and seen.mean_rms else 1.0)
 
 
-def wants_sub_norm(plan: MapPlan) -> bool:
-    """Whether the plan asks for sub-layer norms."""
-    return getattr(plan, "sub_norm", False)
+def gets_sub_norm(name: str, plan: MapPlan) -> bool:
+    """Whether a map of that name, on that grid, gets a sub-layer norm."""
+    return getattr(plan, "sub_norm", False) and f".{name}".endswith(tuple(f".{end}" for end in SUB_NORMED))
 
 
 def _gains(model: nn.Module) -> dict[str, Tensor]:
@@ -309,8 +309,9 @@ def packed(model: nn.Module, plan: MapPlan, groups: GroupPlan | None) -> nn.Modu
         ArtifactError: no linear layers, or weights that are not finite; names the tensor.
     """
     plans, gains = plans_of(model, plan), _gains(model)  # refuses before the copy is paid for
-    if wants_sub_norm(plan) != bool(gains):
-        what = f"has {'' if gains else 'no '}sub-layer norms, the plan {'does not want' if gains else 'wants'} them"
+    if wanted := {name for name, one in plans.items() if gets_sub_norm(name, one)} ^ set(gains):
+        one, has = min(wanted), min(wanted) in gains
+        what = f"{one} has {'a' if has else 'no'} sub-layer norm, the plan wants {'none' if has else 'one'}"
         raise ArtifactError(what, where="sub_norm", remedy="pack with the plan that it was trained with")
     copied = _restored(copy.deepcopy(model)).float().eval().requires_grad_(False)
     ends = grouped_targets(copied) if groups else []
@@ -372,6 +373,16 @@ def dequantised(model: nn.Module, plan: MapPlan, groups: GroupPlan | None) -> nn
             done.add(id(weight))
     round_rest(copied, done)
     return copied
+
+
+@torch.no_grad()
+def halved(model: nn.Module) -> nn.Module:
+    """Keep in float16 what float16 holds exactly, in place; every other tensor stays as it is. Read as float32 again it
+    is the same model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor):
+            tensor.data = tensor.half()
+    return model
 
 
 def _named(name: str, function: Any, weight: Tensor, plan: Any) -> Any:

@@ -307,7 +307,7 @@ def test_gguf_refuses_it_and_takes_the_dense_copy(tmp_path, forge):
     done = forge(*house.storage, "export", house.packed, "--format", "gguf", "--output", "out.gguf")
     folder = house.folder(house.packed)
     assert done.code == 2 and done.error.startswith(f"{folder}/config.json: the weights are packed")
-    assert f"use its dense copy {house.folder(house.dense)}; export that, with --dtype tq2_0" in done.error
+    assert f"use its dense copy {house.folder(house.dense)}; export that, with --dtype q8_0" in done.error
     assert not (tmp_path / "out.gguf").exists()
     pytest.importorskip("gguf")
     export_gguf(GGUFPlan(source=house.folder(house.dense), output=tmp_path / "out.gguf"))

@@ -110,7 +110,14 @@ def test_a_model_of_ours_in_eight_bits(forge, here):
         assert known["weight_grid"] == "int8" and known["grid"] == {"bits": 8, "group": 32}
         assert manifest.parents == [model] and "int8" in known["tags"] and "accuracy_retention" in known
     rows = {row["model"]: row for row in result["metrics"]["models"]}
-    assert list(rows) == ["parent", "int8", "int8, not trained", "int4, not trained", "ternary, not trained"]
+    assert list(rows) == [
+        "parent",
+        "int8",
+        "int8, in floats",
+        "int8, not trained",
+        "int4, not trained",
+        "ternary, not trained",
+    ]
     assert rows["int8"]["bytes"] == (copied / "model.safetensors").stat().st_size
     assert rows["parent"]["bytes"] > rows["int8"]["bytes"] > rows["int4, not trained"]["bytes"]
     assert rows["int8"]["perplexity"] == pytest.approx(rows["parent"]["perplexity"], rel=0.01)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scripted import Scripted
 from tiny import VOCAB, Echo, Events, gpt_config, made, same, train_config, trm_config, weights
 
@@ -29,6 +30,7 @@ from agent_forge.phases.bitnet.data import (
 from agent_forge.phases.bitnet.evidence import Finals
 from agent_forge.phases.bitnet.measuring import (
     Asked,
+    Left,
     Reading,
     bytes_float32,
     chosen_threshold,
@@ -71,7 +73,6 @@ from forgekit.quant.model import (
 )
 from forgekit.store.artifact import Artifact
 from forgekit.store.storage import ModelStorage
-from forgekit.tracking.catalogue import CATALOGUES
 from forgekit.tracking.loggers import PipelineLogger
 from forgekit.train.loop import Trainer
 
@@ -89,27 +90,6 @@ SMALL = {
     "evaluation": {"problems": 10, "select": 4, "windows": 4, "length": 32, "thinking_budget": 6},
     "finetune_above": 0.0,
 }
-BITNET = (
-    *((f"compression/{n}", "1", "phase", "") for n in (
-        "original_size_mb", "compressed_size_mb", "compression_ratio", "layers_compressed", "layers_preserved",
-        "sparsity_ratio", "threshold")),
-    *((f"quality/{n}", "1", "phase", "") for n in (
-        "pre_compression_perplexity", "post_compression_perplexity", "perplexity_degradation_percent",
-        "post_finetuning_perplexity", "perplexity_recovery_percent", "pre_accuracy", "post_accuracy",
-        "accuracy_retention", "final_degradation_percent", "accuracy_recovery_percent")),
-    *((f"performance/{n}", "1", "phase", "") for n in (
-        "inference_speedup", "memory_reduction", "calibration_time_seconds")),
-    *((f"bitnet/{n}", "1", "phase", "") for n in (
-        "compression_ratio", "accuracy_retention", "inference_speedup", "memory_reduction", "sparsity_ratio",
-        "quantization_error", "calibration_samples", "memory/peak_mb", "memory/allocated_mb", "speed/latency_p50_ms",
-        "speed/latency_p95_ms", "speed/throughput_fps")),
-    ("baseline/{untrained,int8,int4,same_bytes}_accuracy", "share", "phase", ""),
-    ("baseline/{untrained,int8,int4,same_bytes}_perplexity", "1/token", "phase", ""),
-    ("baseline/{untrained,int8,int4,same_bytes}_size_mb", "MB", "phase", ""),
-    ("train/{loss,divergence,strength}", "1", "step", ""),
-    ("phase/{finetuned,duration_seconds,success}", "1", "phase", ""),
-    ("handoff/{from_phase3,to_phase5}", "bool", "phase", ""),
-)  # fmt: skip
 
 
 def config(**changes) -> BitNetConfig:
@@ -630,39 +610,57 @@ def test_who_thinks_decides_by_itself_about_what(tokenizer):
 
 
 def test_readings_are_made_beside_or_afterwards_and_are_the_same():
-    threads, found = torch.get_num_threads(), []
-    shown = reading(1.0, n=3)
+    found, shown = [], reading(1.0, n=3)
 
     def look() -> tuple[Reading, int]:
-        found.append((threading.current_thread().name, torch.get_num_threads()))
+        found.append(threading.current_thread().name)
         return shown, 7
 
-    for apart in (True, False):
-        with Ahead(apart) as ahead:
-            ahead.read("b", look)
-            ahead.read("a", look)
+    for beside in (True, False):
+        with Ahead() as ahead:
+            ahead.ask("b", look)
+            ahead.ask("a", look)
+            assert len(found) == (0 if beside else 2), "nothing is measured before it is begun"
+            if beside:
+                ahead.begin()
+                ahead.wait()
+                assert len(found) == 2
             assert list(ahead.collect().items()) == [("b", (shown, 7)), ("a", (shown, 7))], "in the order of asking"
-        assert torch.get_num_threads() == threads
-    assert [name.startswith("ahead") for name, _ in found] == [True, True, False, False]
-    assert [count for _, count in found[:2]] == [1, 1]
+    assert [name.startswith("ahead") for name in found] == [True, True, False, False]
 
 
-def test_what_goes_wrong_beside_is_told_here_and_what_is_not_wanted_is_left():
-    begun = []
-
+def test_what_goes_wrong_beside_is_told_here():
     def wrong():
         raise DataError("is empty", where="text", remedy="give some")
 
-    with pytest.raises(DataError, match="is empty"), Ahead(True) as ahead:
-        ahead.read("a", wrong)
-        ahead.collect()
-    gate = threading.Event()
-    threading.Timer(0.1, gate.set).start()  # so long the first one holds the thread
-    with pytest.raises(KeyboardInterrupt), Ahead(True) as ahead:
-        ahead.read("slow", lambda: (gate.wait(5), 0))
-        ahead.read("never", lambda: begun.append(1))
+    for then in (Ahead.wait, Ahead.collect):
+        with pytest.raises(DataError, match="is empty"), Ahead() as ahead:
+            ahead.ask("a", wrong)
+            ahead.begin()
+            then(ahead)
+
+
+def test_who_leaves_does_not_wait_for_readings(tokenizer):
+    told, begun = [], threading.Event()
+    asked = [question("add", 2, f"add {i} 5", str(i + 5)) for i in range(10, 14)]
+
+    def slow(asking: Asked) -> None:
+        begun.set()
+        asking.leaving.wait(20)
+        try:
+            next(asking.answers(made(SHAPE), tokenizer))
+        except Left:
+            told.append("left")
+            raise
+
+    with pytest.raises(KeyboardInterrupt), Ahead() as ahead:
+        asking = Asked(asked, None, False, 0, ahead.leaving)
+        ahead.ask("slow", lambda: slow(asking))
+        ahead.ask("never", lambda: told.append("never"))
+        ahead.begin()
+        assert begun.wait(20)
         raise KeyboardInterrupt
-    assert not begun
+    assert told == ["left"]
 
 
 # Evidence
@@ -818,7 +816,8 @@ def made_of(select: dict[str, Reading], forgot: bool = True, latent: bool = True
         ((0.5, 50.0), (0.9, 60.0), True, True),
         ((0.5, 50.0), (0.5, 60.0), True, True),
         ((0.5, 50.0), (0.4, 40.0), True, False),
-        ((1.0, 50.0), (0.9, 45.0), False, True),
+        ((1.0, 50.0), (0.99, 45.0), False, True),
+        ((1.0, 50.0), (0.9, 45.0), False, False),
         ((1.0, 50.0), (1.0, 55.0), False, False),
     ],
 )
@@ -873,8 +872,10 @@ def thinker(tokenizer):
     return put
 
 
-def controller(path: Path, storage: ModelStorage, session: str, settings: BitNetConfig, logger=None) -> BitNetPhase:
-    profile = Profile.build({"name": "tiny", "threads": 1, "context": 160, "side_by_side": False})
+def controller(
+    path: Path, storage: ModelStorage, session: str, settings: BitNetConfig, logger=None, side_by_side: bool = False
+) -> BitNetPhase:
+    profile = Profile.build({"name": "tiny", "threads": 1, "context": 160, "side_by_side": side_by_side})
     folder = storage.session_path(session) / "phase4_bitnet"
     folder.mkdir(parents=True, exist_ok=True)
     return BitNetPhase(settings, PhaseContext(session, folder, profile, storage, logger or Events()))
@@ -888,8 +889,7 @@ def done(tmp_path_factory, thinker, data):
         parent, Mixture(((TextSource(data.tokens), 1.0),), 8, 32, 0), train_config(steps=60, rows=8, seq_len=32)
     ).run()
     storage, session, given = thinker(path, parent, speciality=SKILLS, thinks=True)
-    with pytest.MonkeyPatch.context() as patch, PipelineLogger(storage.session_path(session), session) as pipeline:
-        patch.setitem(CATALOGUES._items, "bitnet", BITNET)
+    with PipelineLogger(storage.session_path(session), session) as pipeline:
         logger = pipeline.phase("bitnet")
         phase = controller(path, storage, session, config(most_perplexity=0.0), logger)
         phase.validate_input([given])
@@ -913,12 +913,42 @@ def test_both_outputs_are_stored_and_hold_the_same_weights(done):
     assert opened["dense"].metadata["packed_model"] == result.artifacts["packed"]
     again = dequantised(dense, phase.config.ternary, phase.config.groups)
     for name, tensor in dense.state_dict().items():
-        if name == "embedding.table.weight":  # codes times a float16 scale have more digits than float16
-            assert torch.allclose(small.embedding.table.weight, tensor, rtol=2**-11, atol=0)
-        else:
-            assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert torch.equal(small.embedding.table.weight, dense.embedding.table.weight)
+    stored = load_file(folders["dense"] / "model.safetensors")
+    assert stored["blocks.0.ffn.up.weight"].dtype == torch.float16, "codes times a float16 scale"
+    assert stored["embedding.table.weight"].dtype == torch.float32, "float16 has too few digits for it"
+    assert opened["packed"].metadata["accuracy"] == result.metrics["quality/post_accuracy"]
+    assert opened["dense"].metadata["accuracy"] == result.metrics["quality/dense_accuracy"]
     assert torch.equal(small.blocks[0].ffn.up.weight, dense.blocks[0].ffn.up.weight)
     assert opened["packed"].size_mb * 1e6 == result.metrics["compression/compressed_size_mb"] * 2**20
+
+
+def test_readings_beside_the_trainings_find_the_same_as_a_start_that_has_the_trainings_already(tmp_path, thinker):
+    """Threads, a second process and a reader: bits must not depend on how far the training had come."""
+    storage, session, given = thinker(tmp_path, speciality=SKILLS, thinks=True)
+    settings, seen = config(most_perplexity=0.0), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            with (
+                PipelineLogger(storage.session_path(session), session) as pipeline,
+                pytest.MonkeyPatch.context() as one,
+            ):
+                one.setattr(Workshop, "clear", lambda self: None)  # the second start finds the trainings finished
+                one.setattr(BitNetPhase, "_saved", lambda self, key: None)
+                phase = controller(tmp_path, storage, session, settings, pipeline.phase("bitnet"), side_by_side=True)
+                assert phase._apart()
+                result = phase.run([given])
+            names = {"packed", "dense"}
+            files = {n: storage.resolve(result.artifacts[n]) / "model.safetensors" for n in names}
+            seen.append(
+                ({n: path.read_bytes() for n, path in files.items()}, result.metrics["models"], result.evidence)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0] == seen[1]
 
 
 def test_the_metrics_of_the_sources_are_emitted(done):
@@ -953,6 +983,9 @@ def test_its_numbers_agree_with_each_other(done):
     assert rows[ev.SAME_BYTES]["bytes"] == pytest.approx(rows[ev.TERNARY]["bytes"], rel=0.15)
     assert result.artifacts["chosen"] == (ev.TERNARY if metrics["phase/finetuned"] else ev.UNTRAINED)
     assert len(metrics["losses"]["same bytes"]) == 3
+    copy = rows[ev.in_floats(ev.TERNARY)]
+    assert copy["accuracy"] == metrics["quality/dense_accuracy"] and copy["bytes"] == rows[ev.PARENT]["bytes"]
+    assert copy["perplexity"] == metrics["quality/dense_perplexity"] != rows[ev.TERNARY]["perplexity"]
     gate = result.artifacts["gate"]
     assert gate["passed"] == (not any(reason.startswith("no") for reason in gate["reasons"]))
     assert {path.name for path in phase.context.folder.iterdir()} == {"ternary", "ternary_dense"}
@@ -981,8 +1014,7 @@ def test_rounding_that_costs_little_is_not_trained(tmp_path, thinker):
     parent = dequantised(made(SHAPE, stir=0.05), TernaryPlan(), GroupPlan())
     storage, session, given = thinker(tmp_path, parent, speciality=SKILLS)
     settings = config(finetune_above=0.1, baselines={"same_bytes": False}, ternary={"activation_bits": 0})
-    with pytest.MonkeyPatch.context() as patch, PipelineLogger(storage.session_path(session), session) as pipeline:
-        patch.setitem(CATALOGUES._items, "bitnet", BITNET)
+    with PipelineLogger(storage.session_path(session), session) as pipeline:
         result = controller(tmp_path, storage, session, settings, pipeline.phase("bitnet")).run([given])
     assert result.metrics["phase/finetuned"] is False and result.metrics["losses"] == {}
     assert result.metrics["quality/post_accuracy"] == result.metrics["quality/pre_accuracy"]
@@ -1029,8 +1061,7 @@ def test_a_model_of_another_house_is_made_ternary(tmp_path):
     given = str(other_house(tmp_path / "gpt2"))
     storage = ModelStorage(tmp_path / "storage")
     session = storage.registry.create_session({})
-    with pytest.MonkeyPatch.context() as patch, PipelineLogger(storage.session_path(session), session) as pipeline:
-        patch.setitem(CATALOGUES._items, "bitnet", BITNET)
+    with PipelineLogger(storage.session_path(session), session) as pipeline:
         settings = config(most_perplexity=0.0, skills=SKILLS)
         phase = controller(tmp_path, storage, session, settings, pipeline.phase("bitnet"))
         result = phase.run([given])

@@ -254,7 +254,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any],
     ),
     "missing rows": (
         lambda t, _: t.update({"blocks.0.ffn.up.codes": t["blocks.0.ffn.up.codes"][:-1]}),
-        "tensor blocks.0.ffn.up.codes has 36 rows, the scales have 37",
+        "tensor blocks.0.ffn.up.codes is 36x4, the scales have 37 rows",
     ),
     "a byte no base-3 number has": (
         lambda t, _: t["blocks.0.ffn.up.codes"][3].fill_(243),

@@ -8,16 +8,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_quant_model import TOKENIZER
 from tiny import gpt_config, made, trm_config
 
-from forgekit.errors import ConfigError
+from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.io import read_model
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.files import write_packed
 from forgekit.quant.groupwise import round_groups
 from forgekit.quant.layers import FakeGroupedLinear, GroupedLinear, PackedLinear, TernaryLinear
-from forgekit.quant.model import dequantised, fake_quantised, packed, plan_of, plans_of, restored, round_rest, targets
+from forgekit.quant.model import (
+    calibrate,
+    dequantised,
+    fake_quantised,
+    halved,
+    packed,
+    plan_of,
+    plans_of,
+    restored,
+    round_rest,
+    targets,
+)
 
 SPARED = TernaryPlan(spared=("wo",), spared_groups=GroupPlan(bits=5, group=16))
 IDS = torch.arange(12)[None] % 7
@@ -92,3 +105,57 @@ def test_what_cannot_be_spared_is_refused_by_name(model):
     assert plans_of(model, TernaryPlan(spared=("wo", "memory"))), "one profile for models with a memory and without"
     with pytest.raises(ConfigError, match="spares every map"):
         packed(model, TernaryPlan(spared=("blocks",)), None)
+
+
+def test_packing_must_spare_what_training_spared(model):
+    """A gain that its map no longer uses would be lost without a word."""
+    plan = TernaryPlan(sub_norm=True)
+    seen = calibrate(model, [IDS])
+    training = fake_quantised(model, plan, None, statistics=seen)
+    assert packed(training, plan, None)
+    with pytest.raises(ArtifactError, match="attn.wo has a sub-layer norm, the plan wants none"):
+        packed(training, plan.replace(spared=("wo",)), None)
+
+
+def test_spared_maps_get_no_sub_layer_norm(model):
+    plan = TernaryPlan(sub_norm=True, spared=("wo", "down"))
+    training = fake_quantised(model, plan, None, statistics=calibrate(model, [IDS]))
+    low = packed(training, plan, None)
+    assert not any(getattr(m, "gain", None) is not None for m in low.modules())
+
+
+@pytest.mark.parametrize("spared", [("wq",), ("wk", "wv"), ("up",), ("wq", "wk", "wv", "wo")])
+def test_maps_that_share_an_input_may_be_of_two_kinds(spared):
+    model = made(gpt_config(), stir=0.05).eval()
+    plan = TernaryPlan(spared=spared, activation_bits=0)
+    low, plain = packed(model, plan, GroupPlan()), dequantised(model, plan, GroupPlan())
+    with torch.inference_mode():
+        whole = plain(IDS).logits
+        assert torch.allclose(low(IDS).logits, whole, atol=1e-4)
+        state, parts = low.initial_state(1), []
+        for at in range(IDS.shape[1]):
+            out = low(IDS[:, at : at + 1], state)
+            parts.append(out.logits)
+            state = out.state
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4), "token by token"
+
+
+def test_only_what_is_exact_is_kept_in_float16(model):
+    plain = dequantised(model, TernaryPlan(), GroupPlan())
+    before = {name: one.clone() for name, one in plain.state_dict().items()}
+    after = halved(plain).state_dict()
+    assert all(torch.equal(after[name].float(), one) for name, one in before.items())
+    assert after["blocks.0.ffn.up.weight"].dtype == torch.float16
+    assert after["embedding.table.weight"].dtype == torch.float32, "codes of 8 bits times a scale of 11"
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, "torch.bfloat16"), (torch.int16, "torch.int16")])
+def test_a_type_that_no_checksum_covers_is_refused(model, tmp_path, dtype, told):
+    write_packed(packed(model, SPARED, GroupPlan()), TOKENIZER, tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        kept, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    tensors["blocks.0.norm1.weight"] = tensors["blocks.0.norm1.weight"].view(dtype)
+    save_file(tensors, path, metadata=kept)
+    with pytest.raises(ArtifactError, match=f"tensor blocks.0.norm1.weight is stored as {told}"):
+        read_model(tmp_path)

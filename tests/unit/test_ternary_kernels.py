@@ -375,3 +375,35 @@ def test_without_openmp_one_thread_does_it(monkeypatch):
         assert torch.equal(cpu.ternary_matmul(packed_RP, scale_R, x_BC), expected(codes_RC, scale_R, x_BC))
     finally:
         cpu.ternary.cache_clear()
+
+
+def test_weights_elsewhere_than_activations_are_refused():
+    packed_RP, scale_R, x_BC = pack2(torch.ones(4, 64, dtype=torch.int8)), torch.ones(4), torch.randn(2, 64)
+    with pytest.raises(ArtifactError, match="ternary product: weights on meta, activations on cpu; move the model"):
+        kernels.ternary_matmul(packed_RP.to("meta"), scale_R.to("meta"), x_BC, 64)
+    head = round_groups(torch.randn(4, 64), GroupPlan())
+    with pytest.raises(ArtifactError, match="group-wise product: weights on meta, activations on cpu"):
+        kernels.grouped_matmul(head.codes_RC.to("meta"), head.scale_RG.to("meta"), x_BC, 32)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no llvmlite")
+def test_instructions_that_llvm_does_not_know_are_passed_over(monkeypatch):
+    import llvmlite.binding as llvm
+
+    if len(cpu.machine().flavours) < 2:
+        pytest.skip("one way only")
+    best, parse = cpu.ternary()[0], llvm.parse_assembly
+    unknown = cpu.ternary_module(best, cpu.machine().openmp)
+
+    def refuse(text, *rest):
+        if text == unknown:
+            raise RuntimeError("LLVM IR parsing error")
+        return parse(text, *rest)
+
+    monkeypatch.setattr(llvm, "parse_assembly", refuse)
+    cpu.ternary.cache_clear()
+    try:
+        assert cpu.ternary()[0] != best
+    finally:
+        monkeypatch.undo()
+        cpu.ternary.cache_clear()

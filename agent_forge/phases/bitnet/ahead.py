@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-
-import torch
 
 from agent_forge.phases.bitnet.measuring import Reading
 
@@ -14,35 +13,48 @@ Found = tuple[Reading, int]
 
 
 class Ahead:
-    """Measures models in a thread of its own while another training goes on here. A context manager.
+    """Measures models, where it may in a thread of its own while a training goes on here. A context manager.
 
-    Args:
-        apart: measure at once, on one torch thread; off, when the results are collected, on all threads. An interrupted
-            run that goes on measures on as many threads as it would have, so it finds the same.
+    How many torch threads a reading has must not depend on how far the training has come. So it begins and ends between
+    the same two points as the trainings side by side, which have the same number of threads all that time.
+
+    Attributes:
+        leaving: is set when the results are no longer wanted; who measures looks at it now and then.
     """
 
-    def __init__(self, apart: bool) -> None:
-        self._before, self._apart = torch.get_num_threads(), apart
-        self._waiting: dict[str, Callable[[], Found] | Future[Found]] = {}
-        self._pool = ThreadPoolExecutor(1, "ahead", torch.set_num_threads, (1,)) if apart else None
+    def __init__(self) -> None:
+        self.leaving = threading.Event()
+        self._asked: dict[str, Callable[[], Found]] = {}
+        self._found: dict[str, Future[Found]] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.leaving.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._before)
 
-    def read(self, name: str, model: Callable[[], Found]) -> None:
-        """Measure a model, now or later.
+    def ask(self, name: str, model: Callable[[], Found]) -> None:
+        """Have a model measured, later.
 
         Args:
             name: of the model.
             model: makes and measures it.
         """
-        self._waiting[name] = model if self._pool is None else self._pool.submit(model)
+        self._asked[name] = model
+
+    def begin(self) -> None:
+        """Measure in a thread from now on."""
+        self._pool = ThreadPoolExecutor(1, "ahead")
+        self._found = {name: self._pool.submit(model) for name, model in self._asked.items()}
+
+    def wait(self) -> None:
+        """Wait until everything that was begun is measured. What went wrong there is raised here."""
+        for one in self._found.values():
+            one.result()
 
     def collect(self) -> dict[str, Found]:
-        """All results in the order they were asked for; waits for them. What went wrong there is raised here."""
-        return {name: one.result() if isinstance(one, Future) else one() for name, one in self._waiting.items()}
+        """All results in the order they were asked for. What was not begun is measured now, on all threads."""
+        return {name: self._found[name].result() if self._found else one() for name, one in self._asked.items()}

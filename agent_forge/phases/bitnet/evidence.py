@@ -34,6 +34,11 @@ TRAINED = "training brings back what rounding lost"
 WINDOWS, QUESTIONS = "windows of text", "questions"
 
 
+def in_floats(made: str) -> str:
+    """The name of the copy that later phases train: the same weights, activations not rounded."""
+    return f"{made}, in floats"
+
+
 def against(made: str, other: str) -> str:
     """The claim that compares the result with another that was only rounded. Of ternary weights it says so: they are
     not meant to be used without training."""
@@ -57,7 +62,8 @@ class Finals:
         trained: whether the low-bit weights were trained after rounding.
         compute: what the phase cost.
         made: what the result is called.
-        forgot: whether rounding alone cost answers (select split); if not, training has only text to bring back.
+        forgot: whether rounding alone cost more answers than the settings allow (select split); if not, training has
+            only text to bring back.
     """
 
     problems: Sequence[Problem]
@@ -161,6 +167,10 @@ def measure(config: BitNetConfig, finals: Finals) -> list[Evidence]:
     for name in (INT8, INT4, UNTRAINED):
         if name in finals.readings and name != untrained(made):
             found.append(compare(against(made, name), finals, (name, made), common))
+    if in_floats(made) in finals.readings:
+        found.append(
+            compare(f"the copy {in_floats(made)} against the packed one", finals, (made, in_floats(made)), common)
+        )
     if SAME_BYTES in finals.readings:
         if asked:
             found.append(_between(smaller(made), finals, (SAME_BYTES, made), common))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,14 +75,20 @@ class Reading:
         return float(2 ** self.bits_per_token.mean())
 
 
+class Left(Exception):
+    """Nobody wants to know any more."""
+
+
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every model: questions of a split, text windows of it, and whether it may think."""
+    """What is asked of every model: questions of a split, text windows of it, and whether it may think; ``leaving`` is
+    set when nobody wants to know any more."""
 
     problems: Sequence[Problem]
     windows: TextWindows
     thinks: bool
     thinking_budget: int
+    leaving: threading.Event | None = None
 
     def of(self, model: nn.Module, tokenizer: Any) -> Reading:
         """Ask a model, greedily. One that thinks decides by itself about what."""
@@ -107,6 +114,8 @@ class Asked:
         budget = self.thinking_budget if self.thinks else 0
         sampling = SamplingConfig(max_tokens=budget + ROOM, thinking_budget=budget) if budget else PLAIN
         for at in range(0, len(order), AT_ONCE):
+            if self.leaving is not None and self.leaving.is_set():
+                raise Left
             chosen = order[at : at + AT_ONCE]
             said = engine.generate([asked(tokenizer, self.problems[i].prompt) for i in chosen], sampling)
             yield from zip(chosen, said, strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from agent_forge.phases.bitnet.evidence import INT4, INT8, PARENT, SAME_BYTES, Finals, untrained
+from agent_forge.phases.bitnet.evidence import INT4, INT8, PARENT, SAME_BYTES, Finals, in_floats, untrained
 from agent_forge.phases.bitnet.measuring import Speed
 from agent_forge.pipeline.handoff import validate_models
 from agent_forge.pipeline.phase import PhaseContext
@@ -26,6 +26,7 @@ def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any
             embeddings), ``sparsity``, ``distance``, ``samples``, ``calibration_seconds``, ``threshold``.
     """
     (before, rounded, after), made = finals.three, finals.made
+    floats = finals.readings.get(in_floats(made))
     memory, state = facts["held"], speed.state
     speedup = speed.rate(made) / speed.rate(PARENT)
     recovered, text_recovered = finals.recovery, finals.perplexity_recovery
@@ -48,6 +49,8 @@ def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any
         "quality/pre_accuracy": before.accuracy,
         "quality/post_accuracy": after.accuracy,
         "quality/accuracy_retention": finals.retention,
+        "quality/dense_accuracy": floats and floats.accuracy,
+        "quality/dense_perplexity": floats and floats.perplexity,
         "performance/inference_speedup": speedup,
         "performance/memory_reduction": memory[PARENT] / memory[made],
         "performance/calibration_time_seconds": facts["calibration_seconds"],

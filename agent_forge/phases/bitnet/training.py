@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from agent_forge.phases.bitnet.ahead import Ahead
 from agent_forge.phases.bitnet.config import LossPlan
 from agent_forge.pipeline.phase import PhaseContext, Progress
 from forgekit.models.base import Loss, mean_nats, score_at, supervised_positions
@@ -150,12 +151,15 @@ class Workshop:
         self.context, self.key = context, key[:12]
         self.places = (context.folder / "pieces", context.folder / "checkpoints")
 
-    def train_all(self, pieces: Sequence[Piece], side_by_side: bool) -> dict[str, dict[str, Any]]:
+    def train_all(
+        self, pieces: Sequence[Piece], side_by_side: bool, ahead: Ahead | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Train models that do not depend on each other.
 
         Args:
             pieces: at least one.
             side_by_side: at the same time, the first one here.
+            ahead: what is measured meanwhile.
 
         Returns:
             ``losses`` and ``tokens`` by name.
@@ -163,6 +167,8 @@ class Workshop:
         with SideBySide([piece.train.device for piece in pieces], side_by_side) as crew:
             made = {piece.name: agreed(lambda p=piece: _record(self._path(p.name))) for piece in pieces}
             ready = {piece.name: crew.ready(self._training(piece)) for piece in pieces}
+            if ahead is not None:
+                ahead.begin()
             for piece in pieces[1:]:
                 if made[piece.name] is None:
                     crew.start(piece.name, ready[piece.name], self.context.logger, self._observer(piece))
@@ -171,6 +177,8 @@ class Workshop:
                     made[piece.name] = self._train(piece, ready[piece.name], crew)
                 else:
                     self._take_over(piece)
+            if ahead is not None:
+                ahead.wait()
         return made
 
     def _training(self, piece: Piece) -> Training:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer.kernels import cpu, plain
-from forgekit.infer.kernels.cpu import TernaryMaps, Token, Writing, attend, remember, rms_norm
+from forgekit.infer.kernels.cpu import TernaryMaps
 from forgekit.infer.kernels.llvm_attention import LANES
+from forgekit.infer.kernels.steps import Token, Writing, attend, remember, rms_norm
 from forgekit.quant.pack import width2
 from forgekit.registry import unknown
 
@@ -30,6 +31,10 @@ SYNONYMS = {"numba": "llvm"}
 """numba brings the LLVM that is used here."""
 HEAD_STEP, MEMORY_STEP = 2 * LANES, LANES
 """What the width of heads must be a multiple of for :func:`attend`, and for :func:`remember`."""
+__all__ = [
+    "TernaryMaps", "Token", "Writing", "attend", "backend", "grouped_matmul", "plain_floats", "prepared_maps",
+    "remember", "rms_norm", "takes", "ternary_matmul", "ternary_matmul_float",
+]  # fmt: skip
 REMEDY = {"llvm": "pip install llvmlite", "triton": "pip install triton, on a machine with a GPU"}
 
 
@@ -85,7 +90,11 @@ def prepared_maps(maps: Sequence[tuple[Tensor, Tensor]], columns: int) -> Ternar
         columns: C.
     """
     for packed2_RP, scale_R in maps:
-        fits = packed2_RP.dtype == torch.uint8 and packed2_RP.shape == (scale_R.numel(), width2(columns))
+        fits = (
+            packed2_RP.is_cpu
+            and packed2_RP.dtype == torch.uint8
+            and packed2_RP.shape == (scale_R.numel(), width2(columns))
+        )
         if not fits or scale_R.ndim != 1 or not (plain_floats(scale_R) and packed2_RP.is_contiguous()):
             return None
     return TernaryMaps(maps, columns) if _chosen(maps[0][0]) == "llvm" else None
@@ -96,7 +105,7 @@ def plain_floats(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
-def compiled(*tensors: Tensor | None) -> bool:
+def takes(*tensors: Tensor | None) -> bool:
     """Whether compiled code can take all of these: :func:`plain_floats`, or None."""
     return _chosen(tensors[0]) == "llvm" and all(one is None or plain_floats(one) for one in tensors)
 
@@ -120,7 +129,7 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
         float32 (..., R). No gradient flows.
 
     Raises:
-        ArtifactError: the shapes do not fit.
+        ArtifactError: the shapes do not fit, or the tensors are on different devices.
         ConfigError: as :func:`backend`.
     """
     rows, columns = codes_RC.shape
@@ -129,6 +138,7 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
         what = f"codes {tuple(codes_RC.shape)}, scales {tuple(scale_RG.shape)}, activations {tuple(x_BC.shape)}"
         what = f"{what} do not fit groups of {group}"
         raise ArtifactError(what, where="group-wise product", remedy="restore the artifact")
+    _together("group-wise product", codes_RC, scale_RG, x_BC)
     flat_BC = _flat(x_BC, columns)
     if _chosen(flat_BC) == "llvm":
         out_BR = cpu.grouped_matmul(codes_RC.contiguous(), scale_RG.half().contiguous(), flat_BC, group)
@@ -148,9 +158,17 @@ def _fitting(packed_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> 
     if packed_RP.dtype != torch.uint8 or not x_BC.is_floating_point():
         what = f"{packed_RP.dtype} codes and {x_BC.dtype} activations"
         raise ArtifactError(what, where="ternary product", remedy="give uint8 codes and float activations")
+    _together("ternary product", packed_RP, scale_R, x_BC)
     if scale_R.ndim != 1 or scale_R.dtype != torch.float32:
         scale_R = scale_R.reshape(-1).float()
     return _flat(x_BC, columns), scale_R.contiguous()
+
+
+def _together(where: str, *tensors: Tensor) -> None:
+    """Refuse weights and activations on different devices: compiled code would read one's addresses on the other."""
+    weights, *_, given = (tensor.device for tensor in tensors)
+    if any(tensor.device != given for tensor in tensors):
+        raise ArtifactError(f"weights on {weights}, activations on {given}", where=where, remedy="move the model there")
 
 
 def _flat(x_BC: Tensor, columns: int) -> Tensor:

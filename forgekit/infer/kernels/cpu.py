@@ -19,25 +19,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import operator
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from forgekit.infer.kernels import plain
-from forgekit.infer.kernels.llvm_attention import attention_bytes, attention_module
 from forgekit.infer.kernels.llvm_grouped import GROUP, LEAST, STEP, digits_bytes, digits_module, grouped_module
-from forgekit.infer.kernels.llvm_memory import memory_bytes, memory_module
 from forgekit.infer.kernels.llvm_ternary import FLAVOURS, Flavour, ternary_module, token_bytes
 from forgekit.infer.kernels.llvm_text import OpenMP
 
-SHARED_TERNARY, SHARED_GROUPED, SHARED_ATTENTION = 1 << 21, 1 << 19, 1 << 20
+SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
 """Products from which on threads are worth waking."""
 _memory = threading.local()
 
@@ -48,10 +47,6 @@ class Compiled:
 
     call: Callable[..., None]
     engine: Any
-
-    def other(self, name: str, kinds: str) -> Callable[..., None]:
-        """Another function of the same text; ``kinds`` as for :func:`_compile`."""
-        return _signature(kinds)(self.engine.get_function_address(name))
 
 
 @dataclass(frozen=True)
@@ -83,21 +78,21 @@ def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
     """The ternary product for a flavour; without one for the best that passes its first test."""
     if flavour is not None:
         text = ternary_module(flavour, machine().openmp)
-        return flavour, _compile(text, "ternary", "pnppppnnn")
-    return next(pair for f in machine().flavours if _right(pair := ternary(f)))
+        return flavour, compile_text(text, "ternary", "pnppppnnn")
+    return next(pair for f in machine().flavours if (pair := _working(f)) is not None)
 
 
 @functools.cache
 def grouped(group: int) -> Compiled:
     """The group-wise product for one size of group."""
-    return _compile(grouped_module(group, machine().openmp), "grouped", "ppppnnnnn")
+    return compile_text(grouped_module(group, machine().openmp), "grouped", "ppppnnnnn")
 
 
 @functools.cache
 def digits(flavour: Flavour | None = None) -> Compiled | None:
     """The group-wise product with byte products; None where the machine has no fitting instruction."""
     chosen = flavour or ternary()[0]
-    return _compile(digits_module(chosen, machine().openmp), "digits", "pppppnnnn") if chosen.whole else None
+    return compile_text(digits_module(chosen, machine().openmp), "digits", "pppppnnnn") if chosen.whole else None
 
 
 class TernaryMaps:
@@ -111,17 +106,17 @@ class TernaryMaps:
 
     def __init__(self, maps: Sequence[tuple[Tensor, Tensor]], columns: int, flavour: Flavour | None = None) -> None:
         chosen, self._code = ternary(flavour)
-        self.columns, self.rows = columns, sum(len(scale_R) for _, scale_R in maps)
+        self.columns, self.rows = columns, sum(scale_R.numel() for _, scale_R in maps)
         self.tensors = [tensor for pair in maps for tensor in pair]
         self._addresses = [tensor.data_ptr() for tensor in self.tensors]
-        numbers = [n for codes, scale in maps for n in (codes.data_ptr(), scale.data_ptr(), len(scale))]
-        self._table = torch.tensor(numbers, dtype=torch.int64)
-        self._fixed = (self._table.data_ptr(), len(maps))
+        numbers = [n for codes, scale in maps for n in (codes.data_ptr(), scale.data_ptr(), scale.numel())]
+        self._table = (ctypes.c_int64 * len(numbers))(*numbers)
+        self._fixed = (ctypes.addressof(self._table), len(maps))
         self._token = token_bytes(chosen, columns)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether they are made for these tensors, and these are still where they were."""
-        return all(a is b and b.data_ptr() == c for a, b, c in zip(tensors, self.tensors, self._addresses, strict=True))
+        return all(map(operator.is_, tensors, self.tensors)) and [x.data_ptr() for x in tensors] == self._addresses
 
     def __call__(self, x: Tensor, gain_C: Tensor | None = None) -> Tensor:
         """The outputs of the maps, side by side.
@@ -131,11 +126,11 @@ class TernaryMaps:
             gain_C: RMS-normalises x first; float32, contiguous.
         """
         batch = x.numel() // self.columns
-        out = torch.empty((*x.shape[:-1], self.rows), dtype=torch.float32)
+        out = x.new_empty((*x.shape[:-1], self.rows))
         threads = torch.get_num_threads() if batch * self.rows * self.columns >= SHARED_TERNARY else 1
         self._code.call(
             *self._fixed, x.data_ptr(), 0 if gain_C is None else gain_C.data_ptr(), out.data_ptr(),
-            _scratch(batch * self._token), batch, self.columns, threads,
+            scratch(batch * self._token), batch, self.columns, threads,
         )  # fmt: skip
         return out
 
@@ -162,105 +157,19 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
     threads = torch.get_num_threads() if batch * rows * columns >= SHARED_GROUPED else 1
     places = (codes_RC.data_ptr(), scale_RG.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr())
     if group == GROUP and columns >= LEAST and columns % STEP == 0 and (code := digits()) is not None:
-        code.call(*places, _scratch(batch * digits_bytes(columns)), batch, rows, columns, threads)
+        code.call(*places, scratch(batch * digits_bytes(columns)), batch, rows, columns, threads)
     else:
         grouped(group).call(*places, batch, rows, columns, scale_RG.shape[1], threads)
     return out_BR
 
 
-class Token(NamedTuple):
-    """What :func:`attend` knows of a token: the first slot that it sees, its own, the convolution with its last inputs,
-    and what normed queries are multiplied with (None: nothing is normed)."""
-
-    start: int
-    end: int
-    conv: tuple[Tensor, Tensor] | None
-    gain_H: Tensor | None
-
-
-@functools.cache
-def attention() -> Compiled:
-    """One token's attention."""
-    return _compile(attention_module(machine().openmp), "attend", "p" * 11 + "n" * 7)
-
-
-def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]) -> tuple:
-    """One new token of every row: convolved, normed, rotated, put into the cache, attended.
-
-    Args:
-        qkv: (B, 1, 3 D) queries, keys and values.
-        token: of the convolution its taps (3 D, 4) and the last inputs (B, 3, 3 D).
-        turn: cosines and sines (B, 1, 1, K), of :func:`forgekit.models.layers.turns`.
-        cache: keys and values (B, H, L, K); slot ``end`` is written.
-
-    Returns:
-        (B, 1, D), and the last inputs of the convolution (None without one). All tensors are contiguous float32 on the
-        CPU, K a multiple of 32: the caller has seen to it.
-    """
-    keys, values = cache
-    (batch, heads, slots, width), (taps, tail) = keys.shape, token.conv or (None, None)
-    out, after = torch.empty(batch, 1, heads * width), None if tail is None else torch.empty_like(tail)
-    seen = token.end + 1 - token.start
-    threads = torch.get_num_threads() if 2 * batch * heads * seen * width >= SHARED_ATTENTION else 1
-    pointers = (qkv, taps, tail, after, token.gain_H, *turn, keys, values, out)
-    attention().call(
-        *[0 if x is None else x.data_ptr() for x in pointers],
-        _scratch(attention_bytes((batch, heads, width), seen, taps is not None)),
-        batch, heads, width, slots, token.start, token.end, threads,
-    )  # fmt: skip
-    return out, after
-
-
-@functools.cache
-def norm() -> Callable[..., None]:
-    """The norm that ternary products begin with, alone."""
-    return ternary()[1].other("norm", "pppnn")
-
-
-def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
-    """(..., C) over its root mean square, times the gain; contiguous float32 on the CPU: the caller has seen to it."""
-    out, columns = torch.empty_like(x), gain_C.numel()
-    norm()(x.data_ptr(), gain_C.data_ptr(), out.data_ptr(), x.numel() // columns, columns)
-    return out
-
-
-@functools.cache
-def memory() -> Compiled:
-    """One token of a Titans memory."""
-    return _compile(memory_module(machine().openmp), "remember", "p" * 13 + "n" * 4)
-
-
-class Writing(NamedTuple):
-    """What :func:`remember` knows beside token and state: taps of the convolution (3 H K, 4), bounds of the gates
-    (:data:`~forgekit.infer.kernels.llvm_memory.LIMITS`), and the gain (K) of the norm of what is read."""
-
-    taps: Tensor
-    limits: Tensor
-    gain: Tensor
-
-
-def remember(qkv: Tensor, gates: Tensor, state: tuple[Tensor, Tensor, Tensor], writing: Writing) -> tuple:
-    """One new token of every row for a Titans memory: convolved, written, read, normed.
-
-    Args:
-        qkv: (B, 1, 3 H K) queries, keys and values.
-        gates: (B, 1, 3 H), logits.
-        state: M and S (B, H, K, K), and the convolution's last inputs (B, 3, 3 H K).
-        writing: see there.
-
-    Returns:
-        (B, 1, H K), and M, S and last inputs after the token. All tensors are contiguous float32 on the CPU, K a multiple
-        of 16: the caller has seen to it.
-    """
-    M, S, tail = state
-    batch, heads, width, _ = M.shape
-    out, after = torch.empty(batch, 1, heads * width), tuple(torch.empty_like(x) for x in state)
-    threads = torch.get_num_threads() if 4 * M.numel() >= SHARED_ATTENTION else 1
-    pointers = (qkv, writing.taps, tail, after[2], gates, writing.limits, writing.gain, M, S, *after[:2], out)
-    memory().call(
-        *[x.data_ptr() for x in pointers], _scratch(memory_bytes(batch, heads, width)), batch, heads, width, threads
-    )
-    return out, after
+def _working(flavour: Flavour) -> tuple[Flavour, Compiled] | None:
+    """The product for a flavour that can be compiled here (an LLVM may not know all instructions) and is right."""
+    try:
+        pair = ternary(flavour)
+    except (RuntimeError, OSError):
+        return None
+    return pair if _right(pair) else None
 
 
 def _right(pair: tuple[Flavour, Compiled]) -> bool:
@@ -273,7 +182,7 @@ def _right(pair: tuple[Flavour, Compiled]) -> bool:
     return torch.equal(got_BR, plain.ternary_matmul(packed_RP, scale_R, x_BC))
 
 
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     """The address of this thread's memory for rounded activations."""
     if getattr(_memory, "size", -1) < size:
         _memory.size, _memory.tensor = size, torch.empty(size, dtype=torch.uint8)
@@ -281,7 +190,7 @@ def _scratch(size: int) -> int:
     return _memory.address
 
 
-def _compile(text: str, name: str, kinds: str) -> Compiled:
+def compile_text(text: str, name: str, kinds: str) -> Compiled:
     """Machine code for this processor; ``kinds`` has a p for every argument that is an address, an n for a number."""
     import llvmlite.binding as llvm
 
@@ -295,11 +204,8 @@ def _compile(text: str, name: str, kinds: str) -> Compiled:
     module.verify()
     engine = llvm.create_mcjit_compiler(module, host)
     engine.finalize_object()
-    return Compiled(_signature(kinds)(engine.get_function_address(name)), engine)
-
-
-def _signature(kinds: str) -> Callable:
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
+    return Compiled(kind(engine.get_function_address(name)), engine)
 
 
 def _openmp() -> OpenMP:

@@ -115,9 +115,9 @@ def _last_group(w: Writer, a: SimpleNamespace, group: int, places: tuple[str, st
 
 
 def digits_module(flavour: Flavour, openmp: OpenMP) -> str:
-    """The text of ``void digits(codes, scale, x, out, scratch, B, R, C, threads)``: groups of 32, C a multiple of 4, 64 at least.
+    """The text of ``void digits(codes, scale, x, out, scratch, B, R, C, threads)``.
 
-    ``scratch`` has room for B :func:`digits_bytes`.
+    Groups of 32; C a multiple of 4 and 64 at least. ``scratch`` has room for B :func:`digits_bytes`.
     """
     fields = ["codes", "scale", "out", "q", "s", "B", "R", "C", "P", "G", "Q", "full", "all"]
     w = Writer("void @digits(ptr %codes, ptr %scale, ptr %x, ptr %out, ptr %q, i64 %B, i64 %R, i64 %C, i64 %threads)")

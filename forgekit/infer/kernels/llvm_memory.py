@@ -1,4 +1,4 @@
-"""One token of a Titans memory (:class:`forgekit.models.memory.TitansMemory`) in LLVM's language, without a step between.
+"""One token of a Titans memory (:class:`forgekit.models.memory.TitansMemory`) in LLVM's language.
 
 Shapes: B batch, H heads, K head width (a multiple of :data:`~forgekit.infer.kernels.llvm_attention.LANES`).
 """
@@ -36,15 +36,15 @@ momentum), theta = min(surprise sigmoid, 1)."""
 
 
 def memory_module(openmp: OpenMP) -> str:
-    """The text of ``void remember(qkv, taps, tail, next, gates, limits, gain, M, S, M_after, S_after, out, scratch, B, H,
-    K, threads)``.
+    """The text of ``void remember(qkv, taps, tail, next, gates, limits, gain, M, S, M_after, S_after, out, scratch, B,
+    H, K, threads)``.
 
     ``qkv`` (B, 3 H K) before the convolution with ``taps`` (3 H K, 4), ``tail`` and ``next`` (B, 3, 3 H K); ``gates``
-    (B, 3 H) logits; ``limits`` (5), see :data:`LIMITS`; ``gain`` (K) of the norm of what is read; ``M`` and ``S`` (B, H,
-    K, K); ``out`` (B, H K). ``scratch`` has room for :func:`memory_bytes`.
+    (B, 3 H) logits; ``limits`` (5), see :data:`LIMITS`; ``gain`` (K) of the norm of what is read; ``M`` and ``S``
+    (B, H, K, K); ``out`` (B, H K). ``scratch`` has room for :func:`memory_bytes`.
     """
     fields = ["qkv", "gates", "limits", "gain", "M", "S", "M_after", "S_after", "out", "R", "H", "K"]
-    pointers = ["qkv", "taps", "tail", "next", "gates", "limits", "gain", "M", "S", "M_after", "S_after", "out", "scratch"]
+    pointers = ["qkv", "taps", "tail", "next", *fields[1:9], "scratch"]
     heads = ", ".join([f"ptr %{p}" for p in pointers] + [f"i64 %{n}" for n in ("B", "H", "K", "threads")])
     w = Writer(f"void @remember({heads})")
     memory = w.let(f"alloca [{len(fields)} x i64]")

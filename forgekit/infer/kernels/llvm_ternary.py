@@ -31,6 +31,8 @@ from forgekit.quant.pack import BLOCK
 
 MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: adding it rounds a small float32 to the nearest integer, halves to even, into the low bits."""
+NORM_DECLARES = """declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+declare float @llvm.sqrt.f32(float)"""
 EPSILON = "0x3EB0C6F7A0000000"
 """What a norm adds to the mean square: float32(1e-6), as LLVM writes it."""
 
@@ -116,8 +118,7 @@ FLAVOURS = (
 
 
 def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
-    """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input; and of
-    :func:`_norm`.
+    """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input.
 
     ``table`` has the addresses of packed weights and scales and the number of rows of each map; a token's outputs stand
     side by side. With a ``gain`` the tokens are RMS-normalised first. ``scratch`` has room for B :func:`token_bytes`.
@@ -150,8 +151,8 @@ def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
         return [w.plus(carried[0], a.R)]
 
     w.loop("0", "%maps", 1, [("i64", "0")], one_map)
-    functions = [_normalise(), _norm(), _quantise(width), _ternary_rows(flavour, fields), workers(fields, openmp)]
-    return "\n".join([*_declares(flavour), *functions, w.end()])
+    functions = [_normalise(), _quantise(width), _ternary_rows(flavour, fields), workers(fields, openmp), w.end()]
+    return "\n".join([*_declares(flavour), *functions])
 
 
 def _round_tokens(w: Writer, a: SimpleNamespace, padded: str) -> None:
@@ -181,8 +182,7 @@ def _declares(flavour: Flavour) -> list[str]:
         flavour.declares,
         "declare i32 @llvm.vector.reduce.umax.v16i32(<16 x i32>)",
         "declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)",
-        "declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)",
-        "declare float @llvm.sqrt.f32(float)",
+        NORM_DECLARES,
     ]
     return [*declares, masked_load(flavour.lanes)] if flavour.width > 16 else declares
 
@@ -193,7 +193,7 @@ def token_bytes(flavour: Flavour, columns: int) -> int:
     return 4 * flavour.width * -(-columns // (4 * flavour.width)) + 8 + 4 * columns
 
 
-def _norm() -> str:
+def norm_module() -> str:
     """The text of ``void norm(x, gain, out, B, C)``: the norm alone."""
     w = Writer("void @norm(ptr %x, ptr %gain, ptr %out, i64 %B, i64 %C)")
 
@@ -202,7 +202,7 @@ def _norm() -> str:
         w.do(f"call void @normalise(ptr {w.at('%x', to)}, ptr %gain, ptr {w.at('%out', to)}, i64 %C)")
 
     w.loop("0", "%B", 1, [], token)
-    return w.end()
+    return "\n".join([NORM_DECLARES, _normalise(), w.end()])
 
 
 def _normalise() -> str:

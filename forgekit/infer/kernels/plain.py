@@ -71,7 +71,7 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
     step = max(1, PIECE // columns)
     parts = []
     for start in range(0, rows, step):
-        scale_rC = scale_RG[start : start + step].float().repeat_interleave(group, 1)[:, :columns]
+        scale_rC = scale_RG[start : start + step].float().repeat_interleave(min(group, columns), 1)[:, :columns]
         parts.append(F.linear(x_BC, codes_RC[start : start + step] * scale_rC))
     return torch.cat(parts, 1)
 
