@@ -192,15 +192,16 @@ def notes() -> list[str]:
     """What the numbers mean."""
     shapes = ", ".join(f"{name} {one.parameters():,} parameters" for name, one in configs().items())
     return [
-        f"Models of the profile small ({shapes}) with random weights: neither speed nor bytes depend on what was learnt. "
+        f"Models of the profile small ({shapes}) with random weights: neither speed nor bytes depend on what was "
+        "learnt. "
         f"Batch 1, greedy, state cached; {TOKENS} tokens in each of {ROUNDS} rounds in which all sides take turns; "
         "medians over rounds. All sides run the same code but for the weights; attention and memory of a token are "
         "compiled for the float32 sides (fp32, int8, packed).",
         "packed: ternary maps in 2 bits with 8-bit activations, embedding and head in 8 bits with a scale per 32 "
-        "columns. int8, dynamic: torch.ao's quantize_dynamic of all nn.Linear; the tied head is none and stays fp32.",
+        "columns. int8, dynamic: torch.ao's quantize_dynamic of all nn.Linear; the tied head stays fp32.",
         "Memory: what the resident set grows by, at its peak, while a fresh process that has imported all and "
-        f"compiled the kernels opens the artifact from disk and decodes {HELD_TOKENS} tokens after {BEFORE}; medians of "
-        "3.",
+        f"compiled the kernels opens the artifact from disk and decodes {HELD_TOKENS} tokens after {BEFORE}; "
+        "medians of 3.",
         f"Targets: {FASTER} times as fast as fp32, {SMALLER:.0f} times less memory.",
     ]
 

@@ -15,7 +15,6 @@ import copy
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from forgekit.data.plans import TextPlan
 from forgekit.measure.problems import by_level
 from forgekit.quant.config import GroupPlan
 from forgekit.quant.model import fake_quantised, packed
+from forgekit.store.fsio import write_atomic
 from forgekit.store.storage import ModelStorage
 from forgekit.train.loop import Trainer
 
@@ -85,7 +85,12 @@ class Bench:
     strong: frozenset[str]
     asked: Asked
 
-    def row(self, model: torch.nn.Module, taken: int, seconds: float) -> dict[str, Any]:
+    @property
+    def print(self) -> str:
+        """Changes with the parent and with the settings."""
+        return f"{self.parent.print} {self.config.fingerprint()}"
+
+    def row(self, model: torch.nn.Module, taken: int, steps: int) -> dict[str, Any]:
         """What a model shows."""
         found, problems = self.asked.of(model, self.parent.tokenizer), self.data.report
         levels, own = (by_level(problems, one.right) for one in (found, self.before["report"]))
@@ -98,14 +103,14 @@ class Bench:
             "lost": 100 * (statistics.fmean(own[cell] for cell in self.strong) - mastered_),
             "perplexity": found.perplexity,
             "added": 100 * (found.perplexity / self.before["report"].perplexity - 1),
-            "seconds": seconds,
+            "steps": steps,
         }
 
 
 def opened(folder: str, model: str) -> Bench:
     """Parent, data, and what the parent can do."""
     profile = load_profile("nano")
-    torch.set_num_threads(1)  # the times are of one thread; the demo has two, and a second training beside it
+    torch.set_num_threads(1)  # as in the demo, where the second thread measures meanwhile
     config = changed(profile.phase("bitnet"), {"evaluation": {"problems": 24, "select": 12}}, SEEDS[0])
     parent = open_parent(ModelStorage(folder), [model], config)
     first = TextPlan.build(profile.phases["cognate"]["text"], "phases.cognate.text")
@@ -131,31 +136,29 @@ def _merged(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {**values, **deeper}
 
 
-def trained(bench: Bench, model: torch.nn.Module, config: BitNetConfig) -> float:
-    """Train on the phase's batches, in place; seconds."""
+def trained(bench: Bench, model: torch.nn.Module, config: BitNetConfig) -> None:
+    """Train on the phase's batches, in place."""
     thinks = thought_about(bench.data.select, bench.before["select"].thought)
     mixture = practice(config, bench.data, thinks)
     student = Student(model, copy.deepcopy(bench.parent.model), config.loss, config.train.steps)
     torch.manual_seed(config.train.seed)
-    clock = time.perf_counter()
     Trainer(student, mixture, config.train.replace(checkpoint_every=0), None).run()
     model.eval()
-    return time.perf_counter() - clock
 
 
 def ternary(bench: Bench, changes: dict[str, Any], seed: int) -> dict[str, Any]:
     """Rounded and trained with a choice changed."""
     config = changed(bench.config, changes, seed)
     model = fake_quantised(copy.deepcopy(bench.parent.model).requires_grad_(True), config.ternary, config.groups)
-    seconds = trained(bench, model, config)
+    trained(bench, model, config)
     small = packed(model, config.ternary, config.groups)
-    return bench.row(small, packed_bytes(small), seconds)
+    return bench.row(small, packed_bytes(small), config.train.steps)
 
 
 def rounded(bench: Bench, plan: Any) -> dict[str, Any]:
     """Only rounded."""
     small = packed(bench.parent.model, plan, bench.config.groups)
-    return bench.row(small, packed_bytes(small), 0.0)
+    return bench.row(small, packed_bytes(small), 0)
 
 
 def control(bench: Bench, times: float) -> dict[str, Any]:
@@ -163,8 +166,8 @@ def control(bench: Bench, times: float) -> dict[str, Any]:
     size = packed_bytes(packed(bench.parent.model, bench.config.ternary, bench.config.groups))
     config = changed(bench.config, {"train": {"steps": times}}, bench.config.train.seed)
     model = narrow(bench.parent.model.config, size, config.train.seed)
-    seconds = trained(bench, model, config)
-    return bench.row(model, size_of(model), seconds)
+    trained(bench, model, config)
+    return bench.row(model, size_of(model), config.train.steps)
 
 
 def measured(bench: Bench, name: str) -> dict[str, Any]:
@@ -177,6 +180,16 @@ def measured(bench: Bench, name: str) -> dict[str, Any]:
     if name.startswith(OWN):
         return ternary(bench, {}, int(name.rsplit(" ", 1)[1]))
     return ternary(bench, VARIANTS[name], SEEDS[0])
+
+
+def kept(path: Path | None, bench: Bench) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run, of the same parent and settings; none of another's."""
+    if path is None or not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["of"] != bench.print:
+        sys.exit(f"error: {path}: rows of another model or of other settings; give another file")
+    return found["rows"]
 
 
 def table(found: dict[str, dict[str, Any]], bench: Bench) -> list[list[str]]:
@@ -193,7 +206,7 @@ def table(found: dict[str, dict[str, Any]], bench: Bench) -> list[list[str]]:
             f"{100 * row['right']:.1f}",
             f"{100 * row['mastered']:.1f}",
         ]
-        rows.append([name, *shown, f"{row['perplexity']:.1f}", f"{row['seconds']:.0f}" if row["seconds"] else "-"])
+        rows.append([name, *shown, f"{row['perplexity']:.1f}", str(row["steps"] or "-")])
     return rows
 
 
@@ -231,19 +244,21 @@ def main() -> None:
     given = parser.parse_args()
     names = [*(f"{OWN}, seed {seed}" for seed in SEEDS), UNTRAINED, "int8", "int4", SAME, LONGER, *VARIANTS]
     names = [name for name in names if not given.only or any(part in name for part in given.only)]
-    found = json.loads(given.keep.read_text()) if given.keep and given.keep.is_file() else {}
     bench = opened(given.storage, given.model)
+    found = kept(given.keep, bench)
     for name in names:
         if name not in found:
             tell(name)
             found[name] = measured(bench, name)
             tell(json.dumps(found[name]))
             if given.keep:
-                given.keep.write_text(json.dumps(found))
+                write_atomic(given.keep, json.dumps({"of": bench.print, "rows": found}).encode())
     found = {name: found[name] for name in names}
     notes, missed = told(bench, found)
-    columns = ["", "bytes", "times smaller", "right, %", "mastered, %", "perplexity", "training, s"]
-    publish("ternary_quality", "What ternary weights cost at nano", columns, table(found, bench), notes, "STORAGE")
+    columns = ["", "bytes", "times smaller", "right, %", "mastered, %", "perplexity", "steps"]
+    arguments = " ".join(["STORAGE", *(["--only", *map(repr, given.only)] if given.only else [])])
+    title = "What ternary weights cost at nano"
+    publish("ternary_quality", title, columns, table(found, bench), notes, arguments)
     sys.exit(missed)
 
 

@@ -33,7 +33,7 @@ from forgekit.compute.disk import require_free
 from forgekit.config import Config
 from forgekit.data.tokenizer import END, PAD, load_tokenizer
 from forgekit.errors import ArtifactError, ConfigError
-from forgekit.models.config import FAMILIES, MODEL_CONFIGS
+from forgekit.models.config import MODEL_CONFIGS
 from forgekit.store.artifact import EVIDENCE, MANIFEST, Artifact
 from forgekit.store.fsio import write_folder
 from forgekit.store.names import utc_text
@@ -183,12 +183,11 @@ def _stored_as(place: Stored, plan: ExportPlan) -> str:
 
 def _check_ours(folder: WeightFolder) -> None:
     """The tensors are those of the configured model, and the tokenizer fits it."""
-    import torch
+    from forgekit.models.io import hollow_model
 
     kind = MODEL_CONFIGS.get(folder.config["model_type"])
     config = kind.build(folder.config.get("forge", {}), source=str(folder.path / "config.json"))
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in FAMILIES.get(config.family)(config).state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in hollow_model(config).state_dict().items()}
     found = {name: place.shape for name, place in folder.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

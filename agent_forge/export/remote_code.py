@@ -25,7 +25,11 @@ AUTO_MAP = {
 }
 """What ``config.json`` says so that transformers finds the code."""
 _BRIDGE = ("StateCache", "ForgeForCausalLM")
-_STAND_INS = {"forgekit.config": "forge_config", "forgekit.models.config": "forge_config"}
+_STAND_INS = {
+    "forgekit.config": "forge_config",
+    "forgekit.models.config": "forge_config",
+    "forgekit.infer": "forge_config",
+}
 """Modules of which the copy needs a few names only, and where it finds them."""
 _IMPORT = re.compile(r"(?m)^(\s*from )(forgekit[.\w]*)( import )")
 _HEAD = f"""# Part of agent-forge {__version__}, SPDX-License-Identifier: Apache-2.0.
@@ -58,6 +62,17 @@ class Config(SimpleNamespace):
 
 
 GPTConfig = TRMTitansConfig = Config
+
+
+class kernels:
+    """Stands for the compiled steps of a generated token, which are agent-forge's: here the layers take torch's."""
+
+    HEAD_STEP = MEMORY_STEP = 1
+
+    @staticmethod
+    def takes(*tensors):
+        """Nothing can be taken."""
+        return False
 
 
 class MODEL_CONFIGS:

@@ -21,7 +21,7 @@ from tests.conftest import CLI, Done, environment, run_cli, small_profile
         (("--profile", "pico", "--phase", "cognat"), "phase: unknown phase 'cognat'; did you mean cognate?"),
         (("--profile", "pico", "--phase", "9"), "phase: there is no phase 9; choose 1 to 8"),
         (("--profile", "pico", "--until", "evomerg"), "phase: unknown phase 'evomerg'; did you mean evomerge"),
-        (("--profile", "pico", "--until", "bitnet"), "phases.bitnet: profile 'pico' has no settings for phase"),
+        (("--profile", "pico", "--until", "experts"), "phases.experts: profile 'pico' has no settings for phase"),
         (("--profile", "pico", "--data", "nowhere"), "nowhere; give a folder with data sets"),
     ],
 )

@@ -30,7 +30,7 @@ def test_files_are_written_where_they_are_wanted(copy):
     done = run_cli("report", copy.session[:8], "-o", "mine.html", "--markdown", "mine.md", cwd=copy.home)
     assert done.code == 0 and "report: mine.html" in done.err and "Markdown: mine.md" in done.err
     assert (copy.home / "mine.html").read_text().startswith("<!doctype html>")
-    assert (copy.home / "mine.md").read_text().startswith("# 6 models of ")
+    assert (copy.home / "mine.md").read_text().startswith("# 8 models of ")
     assert not (copy.home / "storage" / "sessions" / copy.session / "report.html").exists()
     printed = run_cli("report", "--markdown", "-", cwd=copy.home)
     assert printed.out == (copy.home / "mine.md").read_text() and printed.err == ""

@@ -54,7 +54,7 @@ def ask(forge, copy, monkeypatch):
         (("--from", *TRIO, *HAVING, "--set", "handoffs.evomerge.num_model=2"), 2, "did you mean num_models?"),
         (("--from", *TRIO, *HAVING, "--phase", "cognate"), 7, "cognate starts from nothing; leave the models out"),
         (("--from", *TRIO, *HAVING, "--until", "cognate"), 2, "cognate comes before evomerge, where the run starts"),
-        (("--from", *TRIO, "--phase", "bitnet"), 2, "has no settings for phase 'bitnet'"),
+        (("--from", *TRIO, "--phase", "experts"), 2, "has no settings for phase 'experts'"),
         (("--from", "reasonin", *HAVING), 4, "no model 'reasonin'"),
         (("--from", "hf", *HAVING), 2, "--from: models of elsewhere do not say where the run is to start"),
         (("--from", "hf", "--phase", "evomerge", *HAVING), 7, "num_models is 1, evomerge takes 3"),

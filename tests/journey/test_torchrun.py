@@ -51,7 +51,7 @@ def test_two_processes_make_one_session_and_say_it_once(pair):
     with closing(sqlite3.connect(pair / "storage" / "registry" / "model_registry.db")) as connection:
         rows = connection.execute("SELECT session_id, status, progress_percent FROM sessions").fetchall()
         models = connection.execute("SELECT count(*) FROM models").fetchone()[0]
-    assert rows == [(run["session_id"], "completed", 100.0)] and models == 6
+    assert rows == [(run["session_id"], "completed", 100.0)] and models == 8
     folder = pair / "storage" / "sessions" / run["session_id"]
     starts = [e for e in map(json.loads, (folder / "events.jsonl").open()) if e["kind"] == "session_started"]
     assert len(starts) == 1
@@ -64,9 +64,9 @@ def test_two_processes_learn_what_one_learns(pair, journey):
     theirs = losses(journey.home / "storage" / "sessions" / journey.session)
     for found in (ours, theirs):
         found.pop("no thoughts, further", None)  # only where step 2 is handed on
-    assert ours.keys() == theirs.keys() and len(ours) == 4 + 4
+    assert ours.keys() == theirs.keys() and len(ours) == 4 + 4 + 2
     # Phase 3 starts from what phase 2's search ended with, and that may be another recipe: its steps are compared.
-    later = {"step 1": 6, "no thoughts": 6, "step 2": 6}
+    later = {"step 1": 6, "no thoughts": 6, "step 2": 6, "ternary": 6, "same bytes": 6}
     assert {name: len(ours.pop(name)) for name in later} == later == {name: len(theirs.pop(name)) for name in later}
     assert len(ours.pop("continued")) == pytest.approx(len(theirs.pop("continued")), rel=0.2), "as much compute"
     assert ours["trunk"][0] == pytest.approx(theirs["trunk"][0], abs=1e-5)

@@ -16,7 +16,7 @@ from agent_forge.dashboard.page import html_page
 from agent_forge.dashboard.phase_section import phase_section
 from agent_forge.dashboard.ternary import ternary
 from agent_forge.dashboard.ternary_charts import ByteAxis, Spot
-from agent_forge.dashboard.ternary_section import ternary_section
+from agent_forge.dashboard.ternary_section import _means, ternary_section
 from agent_forge.dashboard.tree import Curve, Estimate, Ternary
 from forgekit.tracking.loggers import PipelineLogger
 from tests.unit import sample_session as sample
@@ -323,6 +323,13 @@ def test_no_name_lies_on_another(spots):
     assert all(drop >= 0 for drop in drops)
 
 
+def test_names_side_by_side_stay_at_their_marks():
+    spots = [Spot(name, taken, Estimate(0.9), 0) for name, taken in (("int4", 1e6), ("int8", 3e6), ("parent", 1e7))]
+    assert ternary_charts._drops(spots, ByteAxis.around([1e6, 3e6, 1e7])) == [0, 0, 0]
+    spots.append(Spot("same", 1e6, Estimate(0.9), 0))
+    assert ternary_charts._drops(spots, ByteAxis.around([1e6, 1e7])) == [0, 0, 0, ternary_charts.LINE]
+
+
 def test_a_spot_stands_where_its_numbers_say():
     spots = [Spot("a", 1e5, Estimate(1.0), 0), Spot("b & c", 1e6, Estimate(0.5, 0.25, 0.75), 8)]
     drawn = ternary_charts.size_chart("title", spots)
@@ -351,6 +358,10 @@ def test_a_loss_curve_keeps_its_mean_and_its_last_step(steps):
     (drawn,) = re.findall(r'<polyline class="line s0" points="([^"]*)"', html[html.index("Training loss") :])[:1]
     assert 1 <= len(drawn.split()) <= 60 and "training step" in html
     assert drawn.split()[-1].startswith("1000.0,")
+
+
+def test_a_point_of_a_loss_curve_stands_at_the_last_step_it_is_of():
+    assert _means(((1, 1.0), (2, 3.0), (3, 5.0)), 2) == ((2, 2.0), (3, 5.0))
 
 
 def test_a_model_has_one_look_in_every_drawing(small):

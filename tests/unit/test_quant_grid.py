@@ -461,6 +461,8 @@ def test_the_defaults_of_the_plans():
         "refit": True,
         "activation_bits": 8,
         "sub_norm": False,
+        "spared": (),
+        "spared_groups": {"bits": 6, "group": 32},
     }
     assert TernaryPlan().model_dump() == expected
     assert GroupPlan().model_dump() == {"bits": 8, "group": 32} and GroupPlan().top == 127

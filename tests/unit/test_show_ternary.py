@@ -83,11 +83,17 @@ def test_levels_that_lost_most_are_printed_with_what_rounding_did(shown):
 
 @pytest.mark.parametrize("columns", [80, 90, 100, 120])
 def test_every_table_fits_the_terminal_and_no_word_or_number_is_cut(shown, columns):
-    said = shown(result(), columns)
+    found = result()
+    for scores in found["metrics"]["levels"].values():
+        scores["far_recall/10"] = 1.0
+    said = shown(found, columns)
     assert all(len(line.rstrip()) <= columns for line in said.out.splitlines())
     levels = said.out.partition("exact answers in per cent")[2]
     assert cells(levels, "sort/10")[0] == ["sort/10", "90", "60", "0", "90", "90", "90"]
-    assert "no room here" not in said.all
+    assert cells(levels, "far_recall/10") and "no room here" not in said.all
+    head = levels[: levels.index("sort/1 ")].split()
+    for word in ("family/level", "parent", "ternary,", "not", "trained", "precision,", "bytes"):
+        assert word in head, word
     table = said.out.partition("size, speed and skill")[2]
     assert cells(table, "parent")[0] == ["parent", "3.54 MB", "1", "94.0", "91.5 to 95.8", "46.6", "600"]
     for word in ("precision,", "perplexity", "tokens/s", "smaller", "weights"):
