@@ -95,13 +95,16 @@ def show_evidence(name: str, records: list[dict[str, Any]], tables: dict[str, An
 
 def _show_levels(name: str, levels: dict[str, dict[str, float]]) -> None:
     """Exact answers by level, of as many models as the terminal has room for; the others are named."""
+    from agent_forge.dashboard.ternary import COPY
+
     if not levels:
         return
+    levels = {model: levels[model] for model in sorted(levels, key=lambda one: one.endswith(COPY))}  # tells least
     tasks = list(dict.fromkeys(t for scores in levels.values() for t in scores))
     names, shown = {model: model.replace("_", " ") for model in levels}, []
     whole = left = _width() - max(map(len, ("family/level", *tasks))) - 2
     for model, told in names.items():
-        left -= max(map(len, [*told.split(), "100"])) + 1
+        left -= max(map(len, [*told.split(), "100"])) + 2
         if left < 0 and shown:
             break
         shown.append(model)

@@ -14,8 +14,8 @@ from forgekit.measure.evidence import Evidence
 
 PARENT, TERNARY, ROUNDED = "parent", "ternary", "not trained"
 """How phase 4 names its models: the parent, what it made, and the end of the name of one that was only rounded."""
-SAME_BYTES = "full precision, same bytes"
-"""Its comparison that no grid rounds."""
+COPY, SAME_BYTES = "in floats", "full precision, same bytes"
+"""The end of the name of the copy that later phases train; its comparison that no grid rounds."""
 SKILLS = "skills"
 """Its claim about all skills, without grace: no signal where the parent is not above chance."""
 

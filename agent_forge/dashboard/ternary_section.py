@@ -8,7 +8,7 @@ from html import escape
 from agent_forge.dashboard import charts, ternary_charts, words
 from agent_forge.dashboard import ternary_words as told
 from agent_forge.dashboard.charts import Axis, Line
-from agent_forge.dashboard.ternary import ROUNDED, SAME_BYTES
+from agent_forge.dashboard.ternary import COPY, ROUNDED, SAME_BYTES
 from agent_forge.dashboard.ternary_charts import Spot
 from agent_forge.dashboard.tree import Points, Sized, Ternary
 
@@ -112,15 +112,18 @@ def _sizes(found: Ternary) -> str:
 
 def _series(found: Ternary, name: str) -> int:
     """The look of a model, the same in every drawing: what was made first, then its parent, then the rest."""
-    order = dict.fromkeys([found.made, found.parent, found.rounded, *(one.name for one in found.models)])
-    looks = {one: place for place, one in enumerate(filter(None, order))}
+    known = [one.name for one in found.models]
+    first = [one for one in (found.made, found.parent, found.rounded, SAME_BYTES) if one in known]
+    copy = f"{found.made}, {COPY}"  # the last: it may look like what it is a copy of
+    order = dict.fromkeys([*first, *sorted(known, key=lambda one: one == copy)])
+    looks = {one: place for place, one in enumerate(order)}
     looks |= {_short(found, one): place for one, place in looks.items() if _short(found, one) not in looks}
     return looks.get(name, len(looks))
 
 
 def _short(found: Ternary, name: str) -> str:
     """A name for a drawing, where there is little room."""
-    own = {found.rounded: ROUNDED, SAME_BYTES: "same bytes"}
+    own = {found.rounded: ROUNDED, f"{found.made}, {COPY}": COPY, SAME_BYTES: "same bytes"}
     shown = words.plain(own.get(name, name.removesuffix(f", {ROUNDED}")))
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from agent_forge.dashboard import words
-from agent_forge.dashboard.ternary import ROUNDED, SAME_BYTES
+from agent_forge.dashboard.ternary import COPY, ROUNDED, SAME_BYTES
 from agent_forge.dashboard.thoughts_words import SHARE, estimate
 from agent_forge.dashboard.tree import Gate, Sized, Ternary
 
@@ -176,6 +176,8 @@ def meaning(found: Ternary, one: Sized) -> str:
         return ""
     if one.name == found.made:
         return grid + {True: ", trained on that grid", False: ", rounded and not trained", None: ""}[found.trained]
+    if one.name == f"{found.made}, {COPY}":
+        return "the same weights as floats, which later phases train; activations not rounded"
     if one.name == found.rounded and found.trained is not None:
         same, apart = "the same: it was handed on as it was rounded", "the difference is what training adds"
         return f"rounded to the same grid and left so: {apart}" if found.trained else same

@@ -292,11 +292,11 @@ class Attention(nn.Module):
         """One new token a row without gradients, as generation goes: :meth:`forward` in the fewest steps."""
         qkv = side_by_side((self.wq, self.wk, self.wv), x_B1D, norm)
         log, turn = with_room(state, pos_B1, self.shape.window), turn or self.turns(pos_B1)
-        if state.whole and self._compiled(qkv, log):
+        if self._compiled(qkv, log):
             conv = None if self.conv_CJ is None else (self.conv_CJ, state.tail_BJC)
-            token = kernels.Token(*log.span(self.shape.window), conv, self.gain_H)
+            token = kernels.Token(*log.span(self.shape.window), pos_B1.contiguous(), conv, self.gain_H)
             out, tail = kernels.attend(qkv, token, turn, (log.k_BHLK, log.v_BHLK))
-            state = log.grown(True, self.shape.window)
+            state = log.grown(state.whole, self.shape.window)
         else:
             out, state, tail = self._attend_plainly(qkv, log, state, turn, pos_B1)
         state.tail_BJC = tail

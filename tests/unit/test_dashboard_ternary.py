@@ -168,7 +168,7 @@ def test_a_row_of_the_models_may_miss_anything(key):
     found = made(models=rows(key))
     html = ternary_section(found)
     assert Page(html).wrong == [] and "nan" not in html and "None" not in html
-    assert len(found.models) == (0 if key == "model" else 6)
+    assert len(found.models) == (0 if key == "model" else 7)
     if key == "low":
         assert found.models[0].accuracy == Estimate(0.94) and "class=spot" not in html
 
@@ -178,7 +178,15 @@ def test_a_model_that_nobody_asked_is_told_by_its_text_and_speed():
     models = [
         {k: v for k, v in row.items() if k in ("model", "bytes", "ratio", "perplexity")} for row in sample.sizes()
     ]
-    names = ("parent", "int8", "int8, not trained", "int4, not trained", "ternary, not trained", "odd [one]")
+    names = (
+        "parent",
+        "int8",
+        "int8, in floats",
+        "int8, not trained",
+        "int4, not trained",
+        "ternary, not trained",
+        "odd [one]",
+    )
     for row, name in zip(models, names):
         row["model"] = name
     found = ternary({"models": models, "phase/finetuned": True}, {"chosen": "int8, not trained"})
@@ -186,12 +194,13 @@ def test_a_model_that_nobody_asked_is_told_by_its_text_and_speed():
     assert ternary_words.verdict(found) == "10.3 times smaller; perplexity 2.4 % higher."
     meanings = {one.name: ternary_words.meaning(found, one) for one in found.models}
     assert meanings["int8"] == "linear maps in 8 bits, trained on that grid" and meanings["odd [one]"] == ""
+    assert meanings["int8, in floats"].startswith("the same weights as floats")
     assert meanings["int8, not trained"].startswith("rounded to the same grid")
     assert meanings["ternary, not trained"].startswith("linear maps in three values")
     measured = [{**row, "accuracy": 0.5 + i / 10} for i, row in enumerate(models)]
     html = ternary_section(ternary({"models": measured, "phase/finetuned": True}, {"chosen": "int8"}))
     spots = re.findall(r'class="spot (s\d)"><title>([^:]+):', html)
-    assert [name for _, name in spots] == ["parent", "int8", "not trained", "int4", "ternary", "odd [one]"]
+    assert [name for _, name in spots] == ["parent", "int8", "in floats", "not trained", "int4", "ternary", "odd [one]"]
     html = ternary_section(found)
     assert "Bytes against" not in html and "odd [one]" in html and Page(html).wrong == []
     assert "Level by level" not in html and "Speed" not in plain(html).replace("Size, speed", "")
@@ -205,7 +214,7 @@ def test_rounding_that_was_enough_is_told():
     assert not any("brought back" in line for line in told)
     html = ternary_section(found)
     assert "the same: it was handed on as it was rounded" in html and "brought back" not in plain(html)
-    assert html.count('class="spot ') == 5 and "not trained" not in " ".join(re.findall("<title>[^<]*", html))
+    assert html.count('class="spot ') == 6 and "not trained" not in " ".join(re.findall("<title>[^<]*", html))
     kept = made(**{"phase/finetuned": False})
     assert "Training made it no better on the select split, so the rounded one was kept." in (
         ternary_words.rounding(kept)
@@ -368,9 +377,10 @@ def test_a_model_has_one_look_in_every_drawing(small):
     html = ternary_section(small.phases[3].ternary)
     spots = re.findall(r'class="spot (s\d)"><title>([^:]+):', html)
     assert {name: look for look, name in spots} == {
-        "parent": "s1", "ternary": "s0", "not trained": "s2", "int8": "s3", "int4": "s4", "same bytes": "s5"
+        "parent": "s1", "ternary": "s0", "in floats": "s0", "not trained": "s2", "same bytes": "s3", "int8": "s4",
+        "int4": "s5",
     }  # fmt: skip
-    assert 'class="line s5"' in html and html.count('class="line s2"') == 3, "legend, two tasks"
+    assert 'class="line s3"' in html and html.count('class="line s2"') == 3, "legend, two tasks"
 
 
 def test_markdown_tells_of_the_small_model_too(small):

@@ -217,7 +217,7 @@ def cached(shape: tuple[int, int, int, int], end: int) -> tuple:
     keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
     qkv = 3 * torch.randn(B, 1, 3 * H * K, generator=generator)
     conv = torch.randn(3 * H * K, 4, generator=generator), torch.randn(B, 3, 3 * H * K, generator=generator)
-    return keys, values, qkv, conv, 8 * torch.rand(H, generator=generator), torch.randint(0, 3000, (B, 1))
+    return keys, values, qkv, conv, 8 * torch.rand(H, generator=generator), torch.randint(0, 2 * end + 1, (B, 1))
 
 
 def in_torch(inputs: tuple, span: tuple[int, int], conv: bool, gained: bool) -> tuple:
@@ -234,6 +234,8 @@ def in_torch(inputs: tuple, span: tuple[int, int], conv: bool, gained: bool) -> 
     keys[:, :, end : end + 1], values[:, :, end : end + 1] = k, v
     seen = slice(start, end + 1)
     scores = q @ keys[:, :, seen].mT * (1.0 if gained else K**-0.5)
+    there = torch.arange(start, end + 1) >= end - pos  # a row has no more tokens than its position says
+    scores = scores.masked_fill(~there[:, None, None], -math.inf)
     return (scores.softmax(-1) @ values[:, :, seen]).reshape(B, 1, H * K), keys, values, after
 
 
@@ -251,7 +253,7 @@ def test_compiled_attention_is_the_written_out_formula(shape, start, end, conv, 
         monkeypatch.setattr(steps, "SHARED", shared)
         before, threads = (inputs[0].clone(), inputs[1].clone()), torch.get_num_threads()
         torch.set_num_threads(3)
-        token = kernels.Token(start, end, inputs[3] if conv else None, inputs[4] if gained else None)
+        token = kernels.Token(start, end, inputs[5], inputs[3] if conv else None, inputs[4] if gained else None)
         got, tail = kernels.attend(inputs[2], token, turns(inputs[5], shape[3], 1e4), before)
         torch.set_num_threads(threads)
         close(got, want)
@@ -266,7 +268,7 @@ def test_compiled_attention_is_the_written_out_formula(shape, start, end, conv, 
 def test_attention_does_not_hide_what_is_not_finite(bad, part):
     keys, values, qkv, _, gain_H, pos = cached((2, 2, 20, 32), 9)
     qkv.view(2, 3, 2, 32)[1, part, 0, 5] = bad
-    out, _ = kernels.attend(qkv, kernels.Token(0, 9, None, gain_H), turns(pos, 32, 1e4), (keys, values))
+    out, _ = kernels.attend(qkv, kernels.Token(0, 9, pos, None, gain_H), turns(pos, 32, 1e4), (keys, values))
     assert out[0].isfinite().all() and out[1, 0, 32:].isfinite().all()
     assert not out[1, 0, :32].isfinite().all()
 
@@ -276,7 +278,7 @@ def test_attention_with_scores_far_apart():
     keys, values, qkv, _, _, pos = cached((1, 1, 40, 32), 30)
     keys *= 1000
     want = in_torch((keys, values, qkv, (None, None), None, pos), (0, 30), False, False)[0]
-    got, _ = kernels.attend(qkv, kernels.Token(0, 30, None, None), turns(pos, 32, 1e4), (keys, values))
+    got, _ = kernels.attend(qkv, kernels.Token(0, 30, pos, None, None), turns(pos, 32, 1e4), (keys, values))
     close(got, want)
 
 
@@ -288,7 +290,7 @@ def test_attention_writes_nothing_outside(conv):
     out, after = torch.full((2 * 96 + 32,), 7.0), torch.full((2 * 3 * 288 + 32,), 7.0)
     cos, sin = turns(pos, 32, 1e4)
     tail = [convolution[0], convolution[1], after[16:]] if conv else [None] * 3
-    pointers = [qkv, *tail, gain_H, cos, sin, keys, values, out[16:], scratch[32:]]
+    pointers = [qkv, *tail, gain_H, cos, sin, pos, keys, values, out[16:], scratch[32:]]
     steps.attention().call(*[0 if x is None else x.data_ptr() for x in pointers], 2, 3, 32, 50, 4, 40, 1)
     for edge in (out[:16], out[-16:], *((after[:16], after[-16:]) if conv else ())):
         assert (edge == 7).all()

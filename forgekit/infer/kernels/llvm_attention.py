@@ -42,15 +42,16 @@ declare float @llvm.sqrt.f32(float)"""
 
 
 def attention_module(openmp: OpenMP) -> str:
-    """The text of ``void attend(qkv, taps, tail, next, gain, cos, sin, k, v, out, scratch, B, H, K, L, start, end,
+    """The text of ``void attend(qkv, taps, tail, next, gain, cos, sin, pos, k, v, out, scratch, B, H, K, L, start, end,
     threads)``.
 
     ``qkv`` (B, 3 D); ``taps`` (3 D, 4), ``tail`` and ``next`` (B, 3, 3 D) or null; ``gain`` (H) or null; ``cos`` and
     ``sin`` (B, K) as :func:`forgekit.models.layers.turns` has them; ``k`` and ``v`` (B, H, L, K), of which slot ``end``
-    is written and those from ``start`` to ``end`` are seen. ``scratch`` has room for :func:`attention_bytes`.
+    is written and those from ``start`` to ``end`` are seen, but of a row with ``pos`` (B) tokens before no more than
+    those. ``scratch`` has room for :func:`attention_bytes`.
     """
-    fields = ["qkv", "gain", "cos", "sin", "k", "v", "out", "scratch", "R", "H", "K", "L", "Q", "start", "end"]
-    pointers = ["qkv", "taps", "tail", "next", "gain", "cos", "sin", "k", "v", "out", "scratch"]
+    fields = ["qkv", "gain", "cos", "sin", "pos", "k", "v", "out", "scratch", "R", "H", "K", "L", "Q", "start", "end"]
+    pointers = ["qkv", "taps", "tail", "next", "gain", "cos", "sin", "pos", "k", "v", "out", "scratch"]
     numbers = ["B", "H", "K", "L", "start", "end", "threads"]
     heads = ", ".join([f"ptr %{p}" for p in pointers] + [f"i64 %{n}" for n in numbers])
     w = Writer(f"void @attend({heads})")
@@ -128,14 +129,24 @@ def _heads(fields: list[str]) -> str:
         _place(w, a, (k, w.at(keys, new)), (turn, _factor(w, a, k, None)))
         _place(w, a, (q, query), (turn, _factor(w, a, q, h)))
         _copy(w, a, v, w.at(values, new))
-        seen = w.times(a.start, a.row)
-        count = w.plus(w.let(f"sub i64 {a.end}, {a.start}"), 1)
+        start = _first_slot(w, a, b)
+        seen = w.times(start, a.row)
+        count = w.plus(w.let(f"sub i64 {a.end}, {start}"), 1)
         _scores(w, a, (query, w.at(keys, seen), scores), count)
         whole = _exponentials(w, scores, count)
         _values(w, a, (scores, w.at(values, seen), w.at(a.out, w.times(r, a.row))), (count, whole))
 
     w.loop("%r0", "%r1", 1, [], head)
     return w.end()
+
+
+def _first_slot(w: Writer, a: SimpleNamespace, b: str) -> str:
+    """Where a row begins to see: its slots are filled up to the end, so it has as many as tokens before."""
+    before = w.load("i64", w.at(a.pos, w.times(b, 8)))
+    some = w.let(f"icmp sgt i64 {before}, 0")
+    first = w.let(f"sub i64 {a.end}, {w.let(f'select i1 {some}, i64 {before}, i64 0')}")
+    later = w.let(f"icmp sgt i64 {first}, {a.start}")
+    return w.let(f"select i1 {later}, i64 {first}, i64 {a.start}")
 
 
 def _vectors(w: Writer, a: SimpleNamespace, body: Callable, carried: list[tuple[str, str]] | None = None) -> list[str]:

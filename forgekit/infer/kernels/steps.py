@@ -24,11 +24,18 @@ SHARED = 1 << 20
 
 
 class Token(NamedTuple):
-    """What :func:`attend` knows of a token: the first slot that it sees, its own, the convolution with its last inputs,
-    and what normed queries are multiplied with (None: nothing is normed)."""
+    """What :func:`attend` knows of a token.
+
+    Attributes:
+        start, end: the first slot that it sees, and its own.
+        pos_B1: tokens before it in each row, int64; no more slots are seen than these.
+        conv: taps of the convolution (3 D, 4) and its last inputs (B, 3, 3 D), if there is one.
+        gain_H: what normed queries are multiplied with; None: nothing is normed.
+    """
 
     start: int
     end: int
+    pos_B1: Tensor
     conv: tuple[Tensor, Tensor] | None
     gain_H: Tensor | None
 
@@ -36,7 +43,7 @@ class Token(NamedTuple):
 @functools.cache
 def attention() -> Compiled:
     """One token's attention."""
-    return compile_text(attention_module(machine().openmp), "attend", "p" * 11 + "n" * 7)
+    return compile_text(attention_module(machine().openmp), "attend", "p" * 12 + "n" * 7)
 
 
 def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]) -> tuple:
@@ -44,7 +51,7 @@ def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[
 
     Args:
         qkv: (B, 1, 3 D) queries, keys and values.
-        token: of the convolution its taps (3 D, 4) and the last inputs (B, 3, 3 D).
+        token: see there.
         turn: cosines and sines (B, 1, 1, K), of :func:`forgekit.models.layers.turns`.
         cache: keys and values (B, H, L, K); slot ``end`` is written.
 
@@ -57,7 +64,7 @@ def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[
     out, after = qkv.new_empty(batch, 1, heads * width), None if tail is None else torch.empty_like(tail)
     seen = token.end + 1 - token.start
     threads = torch.get_num_threads() if 2 * batch * heads * seen * width >= SHARED else 1
-    pointers = (qkv, taps, tail, after, token.gain_H, *turn, keys, values, out)
+    pointers = (qkv, taps, tail, after, token.gain_H, *turn, token.pos_B1, keys, values, out)
     attention().call(
         *[0 if x is None else x.data_ptr() for x in pointers],
         scratch(attention_bytes((batch, heads, width), seen, taps is not None)),
