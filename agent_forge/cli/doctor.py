@@ -8,11 +8,10 @@ import sys
 import time
 from typing import Any
 
-from forgekit.hub import first_line
-
 SMALLEST_MEMORY, SMALLEST_DISK = 4e9, 2e9
 _WAYS = {"cpu": "pip install llvmlite", "cuda": "pip install triton"}
 """What brings faster products with packed weights, by device."""
+LLVM_BROKEN = "pip install --force-reinstall llvmlite for faster ones; everything runs without it too"
 
 
 def examine(storage: str) -> list[dict[str, str]]:
@@ -58,21 +57,19 @@ def _kernels(device: Any) -> dict[str, str]:
     except ForgeError as error:
         advice = f"must be changed: {error.what}; {error.remedy}"
         return _row("ternary kernels", f"{kernels.VARIABLE}={forced}", True, advice)
-    try:
-        names = {place: _told(name) for place, name in found.items()}
-    except (ImportError, OSError, RuntimeError, StopIteration) as error:
-        result, advice = f"llvm cannot be used ({first_line(error)})", f"must be forced: set {kernels.VARIABLE}=torch"
-        return _row("ternary kernels", result, True, advice)
+    names = {place: _told(name) for place, name in found.items()}
     alike = len(set(names.values())) == 1
     result = next(iter(names.values())) if alike else ", ".join(f"{name} on {place}" for place, name in names.items())
     slow = [place for place, name in found.items() if name == "torch" and place in _WAYS]
     way = f"unset {kernels.VARIABLE}" if forced else " and ".join(_WAYS[place] for place in slow)
     result += ", forced" if forced else ""
+    if not forced and "cpu" in slow and (obstacle := kernels.cpu.obstacle()) not in ("", kernels.cpu.MISSING):
+        return _row("ternary kernels", f"{result}: LLVM does not work here ({obstacle})", True, LLVM_BROKEN)
     return _row("ternary kernels", result, bool(slow), f"{way} for faster ones")
 
 
 def _told(backend: str) -> str:
-    """A backend by name; LLVM with the instructions it compiles for, which it does once to see that it can."""
+    """A backend by name; LLVM with the instructions it compiles for."""
     if backend != "llvm":
         return "plain torch" if backend == "torch" else backend
     from forgekit.infer.kernels import cpu

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from forgekit.config import Config, canonical_json
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.config import FAMILIES, MODEL_CONFIGS
-from forgekit.models.io import build_model, hub_config, read_config, write_tokenizer
+from forgekit.models.io import hollow_model, hub_config, read_config, write_tokenizer
 from forgekit.quant.config import GroupPlan, MapPlan, TernaryPlan
 from forgekit.quant.grid import Ternary
 from forgekit.quant.groupwise import Grouped
@@ -50,6 +51,8 @@ from forgekit.store.fsio import write_atomic
 
 LAYOUT = 1
 """Version of the layout; a reader refuses a newer one."""
+PIECE = 1 << 16
+"""Codes that are unpacked at a time."""
 SECTION, METADATA = "forge_quantization", "forge_packed"
 ONLY_US = "packed by agent-forge: open with `agent-forge chat` or forgekit.models.io.read_model"
 """Where transformers looks for the name of the weights' file; it refuses this one and says so."""
@@ -138,7 +141,7 @@ def write_packed(
     short = {"maps": {name: entry.model_dump(mode="json", exclude_defaults=True) for name, entry in maps.items()}}
     header = canonical_json(described.model_dump(mode="json") | short)
     data = save(tensors, metadata={METADATA: header})
-    section = {"layout": LAYOUT, "method": "ternary" if ternary else "grouped"}
+    section = {"layout": LAYOUT, "method": _method(ternary)}
     section |= {name: value for name, value in described.model_dump(mode="json").items() if name in grid}
     section |= {"header_crc32": zlib.crc32(header.encode())}
     values = {**_plain_config(model), SECTION: section}
@@ -151,6 +154,10 @@ def write_packed(
     write_atomic(folder / "config.json", (json.dumps(values, indent=2) + "\n").encode())
     write_tokenizer(tokenizer, folder)
     return {**parts, "header": len(data) - sum(parts.values()), "total": len(data)}
+
+
+def _method(plan: Any) -> str:
+    return "ternary" if plan else "grouped"
 
 
 def _plain_config(model: nn.Module) -> dict[str, Any]:
@@ -210,7 +217,7 @@ def read_packed(folder: Path) -> tuple[nn.Module, Any]:
         raise ArtifactError("holds no packed model", where=str(where), remedy="open it with read_model")
     _check_layout(section, where)
     path = folder / "model.safetensors"
-    header, tensors = _read_tensors(path, section.get("header_crc32"))
+    header, tensors = _read_tensors(path, section)
     model = skeleton(values, folder)
     _fill(model, header, tensors, path)
     return model.eval().requires_grad_(False), read_tokenizer(values, folder)
@@ -225,7 +232,7 @@ def _check_layout(section: dict[str, Any], where: Path) -> None:
         raise ArtifactError(what, where=str(where), remedy="upgrade agent-forge")
 
 
-def _read_tensors(path: Path, header_crc: Any) -> tuple[Header, dict[str, Tensor]]:
+def _read_tensors(path: Path, section: dict[str, Any]) -> tuple[Header, dict[str, Tensor]]:
     """The checked header and tensors of a file."""
     remedy = "restore the artifact"
     try:
@@ -239,7 +246,7 @@ def _read_tensors(path: Path, header_crc: Any) -> tuple[Header, dict[str, Tensor
     if text is None:
         what = f"has no {METADATA} metadata, but config.json says it is packed"
         raise ArtifactError(what, where=str(path), remedy=remedy)
-    header = _header(text, header_crc, path)
+    header = _header(text, section, path)
     for name in sorted(header.crc32.keys() | tensors.keys()):
         if name not in tensors or name not in header.crc32:
             what = "is missing" if name not in tensors else "is not in the header"
@@ -250,7 +257,8 @@ def _read_tensors(path: Path, header_crc: Any) -> tuple[Header, dict[str, Tensor
     return header, tensors
 
 
-def _header(text: str, crc: Any, path: Path) -> Header:
+def _header(text: str, section: dict[str, Any], path: Path) -> Header:
+    """The header in the file, which is the one that config.json's section speaks of."""
     try:
         values = json.loads(text)
     except ValueError:
@@ -258,9 +266,14 @@ def _header(text: str, crc: Any, path: Path) -> Header:
     if not isinstance(values, dict):
         raise ArtifactError(f"{METADATA} is no JSON object", where=str(path), remedy="restore the artifact")
     _check_layout(values, path)
-    if zlib.crc32(text.encode()) != crc:
+    if zlib.crc32(text.encode()) != section.get("header_crc32"):
         what = "its header is not the one that config.json was written with"
         raise ArtifactError(what, where=str(path), remedy="restore model.safetensors and config.json together")
+    told = {"code": values.get("code"), "plan": values.get("plan"), "method": _method(values.get("plan"))}
+    for key, value in told.items():
+        if section.get(key) != value:
+            what, where = f"{SECTION}.{key} is not what {path.name} says", path.with_name("config.json")
+            raise ArtifactError(what, where=str(where), remedy=f"restore config.json and {path.name} together")
     try:
         return Header.build(values, source=str(path))
     except ConfigError as error:
@@ -281,8 +294,7 @@ def skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
     source = str(folder / "config.json")
     if values.get("model_type") in FAMILIES:
         config = MODEL_CONFIGS.get(values["model_type"]).build(values.get("forge", {}), source=source)
-        with torch.device("meta"):
-            return build_model(config)
+        return hollow_model(config)
     from forgekit.models.hf import HFCausalLM
 
     return HFCausalLM(_hf_skeleton(values, folder))
@@ -290,11 +302,13 @@ def skeleton(values: dict[str, Any], folder: Path) -> nn.Module:
 
 def _hf_skeleton(values: dict[str, Any], folder: Path) -> Any:
     """A transformers model of a configuration. Its memory is asked for but, unwritten, not yet used."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     from forgekit.hub import first_line
 
+    refused = (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError)
     try:
         config = AutoConfig.for_model(**values)
         with no_init_weights():
@@ -302,7 +316,7 @@ def _hf_skeleton(values: dict[str, Any], folder: Path) -> Any:
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+    except (*refused, StrictDataclassError) as error:
         what = f"no causal language model that transformers can build ({first_line(error)})"
         raise ArtifactError(what, where=str(folder / "config.json"), remedy="restore the artifact") from None
     return model
@@ -375,12 +389,21 @@ def _module(
         raise _misfit(f"{name}.codes", f"is {_by(codes.shape)}, the scales have {rows} rows", path)
     try:
         if not ternary:
-            grouped = Grouped(unpack_bits(codes, columns, entry.bits), scale, entry.group, entry.bits)
+            unpacked = _in_pieces(unpack_bits, codes, columns, entry.bits)
+            grouped = Grouped(unpacked, scale.clone(), entry.group, entry.bits)  # a view would keep the file mapped
             return GroupedEmbedding(grouped) if entry.kind == "embedding" else GroupedLinear(grouped, None)
-        unpacked = (unpack3 if header.code == "base3" else unpack2)(codes, columns)
+        unpacked = _in_pieces(unpack3 if header.code == "base3" else unpack2, codes, columns)
     except ArtifactError as error:
         raise _misfit(f"{name}.codes", error.what, path) from None
     return PackedLinear(Ternary(unpacked, scale.float()[:, None].expand(rows, 1)), None, header.plan)
+
+
+def _in_pieces(unpack: Callable[..., Tensor], codes_RP: Tensor, columns: int, *bits: int) -> Tensor:
+    """A whole matrix unpacked some rows at a time: what that takes besides the result stays small."""
+    unpacked_RC, step = torch.empty(len(codes_RP), columns, dtype=torch.int8), max(1, PIECE // columns)
+    for start in range(0, len(codes_RP), step):
+        unpacked_RC[start : start + step] = unpack(codes_RP[start : start + step], columns, *bits)
+    return unpacked_RC
 
 
 def _fill_rest(model: nn.Module, left: dict[str, Tensor], path: Path) -> None:
@@ -397,12 +420,12 @@ def _fill_rest(model: nn.Module, left: dict[str, Tensor], path: Path) -> None:
         if value.is_floating_point():
             if not value.isfinite().all():
                 raise _misfit(name, "holds NaN or infinite values", path)
-            value = value.float()
+            value = value.to(torch.float32, copy=True)  # a view would keep the file mapped
         _place(model, name, value)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)  # "like" imports a compiler
 
 
 def _place(model: nn.Module, name: str, value: Tensor) -> None:

@@ -9,7 +9,7 @@ Shapes: R rows (outputs), C columns (inputs), G groups of a row, V vocabulary, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -138,6 +138,10 @@ class PackedLinear(nn.Module):
         packed = cls(ternary, bias, plan)
         packed.transposed = transposed
         return packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._made.clear()  # it would keep the tensors that are moved from here
+        return super()._apply(fn, recurse)
 
     @property
     def ternary(self) -> Ternary:

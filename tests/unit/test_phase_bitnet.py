@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -247,16 +248,17 @@ def test_what_is_repeated_is_in_one_split_only(tmp_path):
     parts, _, notes = split_of_text(tmp_path, once=lines(200), again=lines(200))
     pieces = [piece for split in parts.values() for piece in split]
     assert len(set(pieces)) == len(pieces) and len("".join(pieces)) <= 1.05 * len(lines(200))
-    whole = [line for line in lines(40).split("\n") if line]
-    quoting = [lines(6, seed) + (whole[seed % 40] + "\n" if seed % 2 else "") for seed in range(1, 120)]
+    whole = [line for line in lines(100).split("\n") if line]
+    quoting = [lines(6, seed) + (whole[seed // 2 % 100] + "\n" if seed % 2 else "") for seed in range(1, 400)]
     path = tmp_path / "quotes.jsonl"
     path.write_text("\n".join(json.dumps({"text": one}) for one in quoting), encoding="utf-8")
     parts = own_texts(OwnText(paths=(str(path),)))[0]
-    learned = {line for piece in parts["train"] for line in piece.split("\n")}
-    held = [line for split in ("select", "report") for piece in parts[split] for line in piece.split("\n") if line]
-    assert held and not learned & set(held), "a line of training text that is quoted elsewhere drops the quoting piece"
+    kept = {split: {line for piece in parts[split] for line in piece.split("\n") if line} for split in parts}
+    assert all(kept.values()), "a line that is quoted elsewhere drops the quoting piece"
+    for one, other in itertools.combinations(kept.values(), 2):
+        assert not one & other
     path.write_text("\n".join(json.dumps({"text": one + whole[0]}) for one in quoting), encoding="utf-8")
-    with pytest.raises(DataError, match="has 13 words in a row of the training pieces; give text that repeats itself"):
+    with pytest.raises(DataError, match="have 13 words in a row of the other pieces; give text that repeats itself"):
         own_texts(OwnText(paths=(str(path),)))
 
 

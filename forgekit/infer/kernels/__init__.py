@@ -139,9 +139,13 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
         what = f"{what} do not fit groups of {group}"
         raise ArtifactError(what, where="group-wise product", remedy="restore the artifact")
     _together("group-wise product", codes_RC, scale_RG, x_BC)
-    flat_BC = _flat(x_BC, columns)
-    if _chosen(flat_BC) == "llvm":
+    flat_BC, chosen = _flat(x_BC, columns), _chosen(x_BC)
+    if chosen == "llvm":
         out_BR = cpu.grouped_matmul(codes_RC.contiguous(), scale_RG.half().contiguous(), flat_BC, group)
+    elif chosen == "triton":
+        from forgekit.infer.kernels import gpu
+
+        out_BR = gpu.grouped_matmul(codes_RC.contiguous(), scale_RG.half().contiguous(), flat_BC, group)
     else:
         out_BR = plain.grouped_matmul(codes_RC, scale_RG, flat_BC, group)
     return out_BR if x_BC.ndim == 2 else out_BR.view(*x_BC.shape[:-1], rows)
@@ -199,6 +203,7 @@ def _choose(forced: str, device: str) -> str:
     if name not in BACKENDS:
         raise unknown("kernels", forced, [*BACKENDS, *SYNONYMS])
     if not has[name]:
-        what = f"{forced!r} cannot be used on {device}"
+        why = f" ({cpu.obstacle()})" if name == "llvm" and device == "cpu" else ""
+        what = f"{forced!r} cannot be used on {device}{why}"
         raise ConfigError(what, where=VARIABLE, remedy=f"{REMEDY[name]}, or unset the variable")
     return name

@@ -38,6 +38,7 @@ from forgekit.infer.kernels.llvm_text import OpenMP
 
 SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
 """Products from which on threads are worth waking."""
+MISSING = "llvmlite is not installed"
 _memory = threading.local()
 
 
@@ -59,8 +60,20 @@ class Machine:
 
 
 def available() -> bool:
-    """Whether LLVM is installed."""
-    return importlib.util.find_spec("llvmlite") is not None
+    """Whether LLVM can be used here."""
+    return not obstacle()
+
+
+@functools.cache
+def obstacle() -> str:
+    """Why LLVM cannot be used: it is not there, cannot be loaded, or makes nothing right of any flavour; or nothing."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return MISSING
+    try:
+        ternary()
+    except (ImportError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 @functools.cache
@@ -75,11 +88,18 @@ def machine() -> Machine:
 
 @functools.cache
 def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
-    """The ternary product for a flavour; without one for the best that passes its first test."""
+    """The ternary product for a flavour; without one for the best that passes its first test.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     if flavour is not None:
         text = ternary_module(flavour, machine().openmp)
         return flavour, compile_text(text, "ternary", "pnppppnnn")
-    return next(pair for f in machine().flavours if (pair := _working(f)) is not None)
+    found = next((pair for f in machine().flavours if (pair := _working(f)) is not None), None)
+    if found is None:
+        raise RuntimeError("none of the processor's vector instructions can be used")
+    return found
 
 
 @functools.cache
