@@ -14,6 +14,7 @@ SHIPPED = ("forgekit", "agent_forge", "bagley", "scripts", "benchmarks")
 
 MANY_PARAMETERS = {
     "forgekit/infer/kernels/gpu.py: _ternary": "a GPU kernel takes its pointers and sizes one by one",
+    "forgekit/infer/kernels/gpu.py: _grouped": "a GPU kernel takes its pointers and sizes one by one",
     "forgekit/store/storage.py: save_model": "the signature of the sources: the model, its place, what goes with it",
     "agent_forge/cli/commands_run.py: run": "the parameters of a command are its options",
     "agent_forge/cli/commands_handon.py: compare": "the parameters of a command are its options",
