@@ -601,7 +601,7 @@ def test_values_that_transformers_refuses_are_told(tmp_path):
 @pytest.mark.parametrize("kind", ["gpt", "trm_titans"])
 def test_opening_one_imports_no_compiler(kind, tmp_path):
     write_packed(model_of(kind), TOKENIZER, tmp_path, PLAN, GROUPS)
-    code = "import sys\nfrom forgekit.models.io import read_model\nread_model(sys.argv[1])\nprint('sympy' in sys.modules)"
+    code = "import sys, forgekit.models.io as io\nio.read_model(sys.argv[1])\nprint('sympy' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr
