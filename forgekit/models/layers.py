@@ -473,7 +473,7 @@ def squared_relu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return SquaredReLU.apply(x)
     positive = F.relu(x)
-    return positive * positive
+    return positive.mul_(positive)
 
 
 def generating(x_BTD: Tensor, state: object, lengths_B: Tensor | None) -> bool:
