@@ -1,6 +1,7 @@
 """llama.cpp's own matrix-vector product, timed in a process of its own. Needs numpy and the libraries of ggml.
 
-``python ggml_peer.py FOLDER`` loads libggml*.so from the folder and answers each line of JSON on stdin,
+``python ggml_peer.py FOLDER`` loads libggml*.so from the folder, says in a line which they are, and answers each line
+of JSON on stdin,
 ``{"rows": R, "columns": C, "batch": B, "threads": T, "type": "TQ2_0", "calls": N}``, with one line: microseconds per
 product, and the largest error of the result relative to its size. The products are nodes of one graph, so that no
 cost of starting a graph is counted.
@@ -79,9 +80,18 @@ def answer(ggml: Ggml, ask: dict) -> dict:
     return {"microseconds": 1e6 * seconds, "error": error}
 
 
+def about(ggml: Ggml) -> str:
+    """Version, commit, and the instructions it was built for."""
+    version, commit = (ggml.function(f"ggml_{part}", ctypes.c_char_p)().decode() for part in ("version", "commit"))
+    named = ("avx2", "avx512", "avx512_vnni", "avx_vnni", "neon")
+    built = [name for name in named if ggml.function(f"ggml_cpu_has_{name}", ctypes.c_int)()]
+    return f"ggml {version} ({commit}), built for {', '.join(built)}"
+
+
 def main() -> None:
     """Answer until stdin ends."""
     ggml = Ggml(sys.argv[1])
+    print(json.dumps({"about": about(ggml)}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(ggml, json.loads(line))), flush=True)
 

@@ -20,6 +20,8 @@ ALL = (
     "side_by_side",
     "merging",
     "serving",
+    "ternary_kernels",
+    "ternary_decoding",
 )
 
 

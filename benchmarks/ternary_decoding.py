@@ -41,6 +41,8 @@ from forgekit.quant.model import packed
 ROUNDS, TOKENS, BEFORE, LONG = 7, 24, 32, 1000
 HELD_TOKENS = 32
 FASTER, SMALLER = 3.8, 4.0
+JUDGED = ("peak", "kept")
+"""What the target for memory is for."""
 SIDES = ("fp32", "bf16", "int8", "packed")
 COLUMNS = ["what", "fp32", "bf16", "int8, dynamic", "packed", "packed against fp32", "range", "target"]
 
@@ -129,14 +131,17 @@ def status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def held(folder: Path) -> dict[str, int]:
-    """What opening a folder and decoding takes, in this process: nothing but imports and compiling was done before.
+def held(folder: Path, tiny: Path) -> dict[str, int]:
+    """What opening a folder and decoding takes, in this process: a tiny model of the same kind was opened and decoded
+    before, so that all is imported, compiled and made ready.
 
     Freed memory is given back to the system first, so that whatever is used again counts.
     """
     torch.set_num_threads(1)
     if kernels.backend() == "llvm":
         cpu.ternary(), cpu.digits(), steps.attention(), steps.memory(), steps.norm()
+    with torch.inference_mode():
+        token_seconds(read_model(tiny)[0], BEFORE, 2)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
@@ -154,9 +159,9 @@ def held(folder: Path) -> dict[str, int]:
     return {name: value - before for name, value in found.items()} | {"tensors": sum(tensors.values())}
 
 
-def in_a_process(folder: Path) -> dict[str, int]:
+def in_a_process(folder: Path, tiny: Path) -> dict[str, int]:
     """:func:`held`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.ternary_decoding", "--held", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.ternary_decoding", "--held", str(folder), str(tiny)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -164,20 +169,21 @@ def in_a_process(folder: Path) -> dict[str, int]:
 
 
 def memory_rows(family: str, config: GPTConfig) -> tuple[list[list], float]:
-    """Table rows, and the ratio of the peaks."""
+    """Table rows, and the least of the ratios that the target is for."""
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("fp32", "packed"):
-            folder = Path(scratch) / name
-            folder.mkdir()
-            if name == "fp32":
-                write_model(made(config), common_tokenizer(), folder)
-            else:
-                write_packed(made(config), common_tokenizer(), folder, TernaryPlan(), GroupPlan())
+            folder, tiny = Path(scratch) / name, Path(scratch) / f"tiny-{name}"
+            for place, one in ((folder, config), (tiny, type(config)(vocab_size=512))):
+                place.mkdir()
+                if name == "fp32":
+                    write_model(made(one), common_tokenizer(), place)
+                else:
+                    write_packed(made(one), common_tokenizer(), place, TernaryPlan(), GroupPlan())
             found[name] = {"file": (folder / "model.safetensors").stat().st_size}
-            measured = [in_a_process(folder) for _ in range(3)]
+            measured = [in_a_process(folder, tiny) for _ in range(3)]
             found[name] |= {key: statistics.median(one[key] for one in measured) for key in measured[0]}
-    peak = found["fp32"]["peak"] / found["packed"]["peak"]
+    least = min(found["fp32"][key] / found["packed"][key] for key in JUDGED)
     titles = {
         "peak": "peak memory of opening and decoding",
         "reading": "of that, opening",
@@ -187,10 +193,10 @@ def memory_rows(family: str, config: GPTConfig) -> tuple[list[list], float]:
     }
     for key, title in titles.items():
         fp32, small = (found[name][key] for name in ("fp32", "packed"))
-        target = f">= {SMALLER:.0f}: {'met' if peak >= SMALLER else 'missed'}" if key == "peak" else ""
+        target = f">= {SMALLER:.0f}: {'met' if fp32 >= SMALLER * small else 'missed'}" if key in JUDGED else ""
         sizes = [f"{fp32 / 1e6:.1f}", "-", "-", f"{small / 1e6:.1f}"]
         rows.append([f"{family}, {title}, MB", *sizes, f"{fp32 / small:.1f} x smaller", "", target])
-    return rows, peak
+    return rows, least
 
 
 def common_tokenizer():
@@ -211,10 +217,10 @@ def notes() -> list[str]:
         "compiled for the float32 sides (fp32, int8, packed).",
         "packed: ternary maps in 2 bits with 8-bit activations, embedding and head in 8 bits with a scale per 32 "
         "columns. int8, dynamic: torch.ao's quantize_dynamic of all nn.Linear; the tied head stays fp32.",
-        "Memory: what the resident set grows by, at its peak, while a fresh process that has imported all and "
-        f"compiled the kernels opens the artifact from disk and decodes {HELD_TOKENS} tokens after {BEFORE}; "
-        "medians of 3. At its peak the fp32 side holds the file's pages and the model at once. What is held between "
-        "tokens is measured once freed memory went back to the system.",
+        "Memory: what the resident set grows by, at its peak, while a fresh process that has opened and decoded a tiny "
+        "model of the same kind (so that all is imported, compiled and made ready) opens the artifact from disk and "
+        f"decodes {HELD_TOKENS} tokens after {BEFORE}; medians of 3. At its peak the fp32 side holds the file's pages "
+        "and the model at once. What is held between tokens is measured once freed memory went back to the system.",
         f"Targets: {FASTER} times as fast as fp32, {SMALLER:.0f} times less memory.",
     ]
 
@@ -225,10 +231,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=("speed", "memory"), default=["speed", "memory"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the table")
-    parser.add_argument("--held", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--held", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.held:
-        print(json.dumps(held(options.held)))
+        print(json.dumps(held(*options.held)))
         return 0
     common.RESULTS = options.results
     rows, met = [], []
@@ -239,8 +245,8 @@ def main() -> int:
             rows, met = rows + more, met + [x >= FASTER for x in reached]
         if "memory" in options.only:
             tell(f"{family}, memory")
-            more, peak = memory_rows(family, config)
-            rows, met = rows + more, [*met, peak >= SMALLER]
+            more, least = memory_rows(family, config)
+            rows, met = rows + more, [*met, least >= SMALLER]
     publish("ternary_decoding", "Decoding from packed ternary weights", COLUMNS, rows, notes())
     return 0 if all(met) else 1
 

@@ -40,6 +40,7 @@ from forgekit.train.loop import Trainer
 SEEDS = (41, 42, 43)
 OWN = "nano's settings"
 UNTRAINED, SAME, LONGER = "rounded, not trained", "float16, same bytes", "float16, same bytes, four times the steps"
+CONTINUED = "float32, trained on like the ternary ones"
 PLAIN: dict[str, Any] = {"ternary": {"spared": ()}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "every map ternary": PLAIN,
@@ -161,6 +162,14 @@ def rounded(bench: Bench, plan: Any) -> dict[str, Any]:
     return bench.row(small, packed_bytes(small), 0)
 
 
+def continued(bench: Bench) -> dict[str, Any]:
+    """The parent itself, trained on with the same batches and rates and without a grid."""
+    model = copy.deepcopy(bench.parent.model).requires_grad_(True)
+    config = changed(bench.config, {}, SEEDS[0])
+    trained(bench, model, config)
+    return bench.row(model, bytes_float32(model), config.train.steps)
+
+
 def control(bench: Bench, times: float) -> dict[str, Any]:
     """A narrow model in float16, from nothing, on the same mixture."""
     size = packed_bytes(packed(bench.parent.model, bench.config.ternary, bench.config.groups))
@@ -175,6 +184,8 @@ def measured(bench: Bench, name: str) -> dict[str, Any]:
     plain = {"int8": GroupPlan(bits=8), "int4": GroupPlan(bits=4), UNTRAINED: bench.config.ternary}
     if name in plain:
         return rounded(bench, plain[name])
+    if name == CONTINUED:
+        return continued(bench)
     if name in (SAME, LONGER):
         return control(bench, 4 if name == LONGER else 1)
     if name.startswith(OWN):
@@ -242,7 +253,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
     given = parser.parse_args()
-    names = [*(f"{OWN}, seed {seed}" for seed in SEEDS), UNTRAINED, "int8", "int4", SAME, LONGER, *VARIANTS]
+    names = [*(f"{OWN}, seed {seed}" for seed in SEEDS), UNTRAINED, "int8", "int4", CONTINUED, SAME, LONGER, *VARIANTS]
     names = [name for name in names if not given.only or any(part in name for part in given.only)]
     bench = opened(given.storage, given.model)
     found = kept(given.keep, bench)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -19,6 +20,23 @@ def storage_of(context: typer.Context) -> ModelStorage:
     from forgekit.store.storage import ModelStorage
 
     return ModelStorage(context.obj["storage"])
+
+
+def newest(storage: ModelStorage) -> Path:
+    """Folder of the newest model to talk to: of one that is there packed too, the packed one.
+
+    Raises:
+        ArtifactError: there is no model.
+    """
+    from forgekit.errors import ArtifactError
+    from forgekit.store.artifact import Artifact
+
+    folder = storage.resolve("latest")
+    packed = Artifact.open(folder).manifest.metadata.get("packed_model")
+    try:
+        return storage.resolve(packed) if packed else folder
+    except ArtifactError:  # it was deleted since
+        return folder
 
 
 def print_json(value: Any) -> None:

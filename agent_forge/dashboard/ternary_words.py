@@ -39,7 +39,10 @@ TERMS = (
     ("right", "share of held-out questions whose answer is exactly right, with its 95 % interval"),
     ("perplexity", "between how many next tokens the model wavers in held-out text; 1 is certainty, less is better"),
     ("not trained", "rounded to fewer bits and measured as it is"),
-    ("same bytes", "what plain small weights would do: fewer of them, at full precision, in as many bytes"),
+    (
+        "same bytes",
+        "fewer weights at full precision in as many bytes, trained from nothing for as many steps",
+    ),
     ("with grace", "what may be lost is taken off the parent's score first; improved then says: no more was lost"),
     ("gate", "what must be shown for the phase to count as a success; where it says no, it says why"),
 )
@@ -242,7 +245,7 @@ def _chosen(found: Ternary) -> list[str]:
     if found.trained is False and found.made in found.select:
         told.append("Training made it no better on the select split, so the rounded one was kept.")
     elif found.trained is False and found.rounded in found.select:
-        told.append("Nothing was trained: rounding alone cost no more than the settings allow.")
+        told.append("Nothing was trained: what was only rounded was handed on.")
     chosen = [f"{words.plain(name)} {words.value(share, SHARE)}" for name, share in found.select.items()]
     if chosen:
         told.append(f"Right answers on the select split, which decided: {'; '.join(chosen)}.")

@@ -292,7 +292,7 @@ class Attention(nn.Module):
         """One new token a row without gradients, as generation goes: :meth:`forward` in the fewest steps."""
         qkv = side_by_side((self.wq, self.wk, self.wv), x_B1D, norm)
         log, turn = with_room(state, pos_B1, self.shape.window), turn or self.turns(pos_B1)
-        if self._compiled(qkv, log):
+        if self._compiled(qkv, log, state.tail_BJC):
             conv = None if self.conv_CJ is None else (self.conv_CJ, state.tail_BJC)
             token = kernels.Token(*log.span(self.shape.window), pos_B1.contiguous(), conv, self.gain_H)
             out, tail = kernels.attend(qkv, token, turn, (log.k_BHLK, log.v_BHLK))
@@ -302,10 +302,12 @@ class Attention(nn.Module):
         state.tail_BJC = tail
         return self.wo(out), state
 
-    def _compiled(self, qkv: Tensor, log: Log) -> bool:
+    def _compiled(self, qkv: Tensor, log: Log, tail_BJC: Tensor | None) -> bool:
         """Whether compiled code can attend."""
-        fits = (self.shape.width // self.shape.heads) % kernels.HEAD_STEP == 0
-        return fits and kernels.takes(qkv, log.k_BHLK, self.gain_H, self.conv_CJ)
+        fits = (self.shape.width // self.shape.heads) % kernels.HEAD_STEP == 0 and len(qkv) == len(log.k_BHLK)
+        if self.conv_CJ is not None and (tail_BJC is None or len(tail_BJC) != len(qkv)):
+            return False
+        return fits and kernels.takes(qkv, log.k_BHLK, log.v_BHLK, self.gain_H, self.conv_CJ, tail_BJC)
 
     def _attend_plainly(self, qkv: Tensor, log: Log, state: AttentionState, turn: Turns, pos_B1: Tensor) -> tuple:
         """One token in torch: (B, 1, D), the state after it, the convolution's tail."""

@@ -123,7 +123,8 @@ class TitansMemory(nn.Module):
         projected = self.wqkv(x_BTD).float()
         gate_logits = self.gates(x_BTD).float()
         before = (state.M_BHKK, state.S_BHKK, state.tail_BJD)
-        if one and kernels.takes(projected, gate_logits, *before, self.conv_CJ, self.norm.weight) and self._wide:
+        whole = one and self._wide and all(len(part) == len(projected) for part in before)
+        if whole and kernels.takes(projected, gate_logits, *before, self.conv_CJ, self.norm.weight):
             writing = kernels.Writing(self.conv_CJ, limits(self.shape), self.norm.weight)
             out, after = kernels.remember(projected, gate_logits, before, writing)
             return self.wo(out.to(x_BTD.dtype)), MemoryState(*after)

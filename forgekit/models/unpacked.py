@@ -56,7 +56,7 @@ def unpacked(model: nn.Module) -> nn.Module:
 def _plain(module: nn.Module, table: nn.Module | None) -> nn.Module:
     """The plain module for a packed one; a tied head shares the weight of its table's."""
     if isinstance(module, GroupedEmbedding):
-        plain = nn.Embedding(*module.codes.shape, device="meta")
+        plain = nn.Embedding(*module.codes.shape, module.padding_idx, device="meta")
         plain.weight = nn.Parameter(module.weight)
         return plain
     weight = nn.Parameter(module.weight) if table is None else table.weight

@@ -14,7 +14,7 @@ class GroupPlan(Config):
 
     bits: Annotated[int, Field(ge=4, le=8)] = 8
     """Bits of a code."""
-    group: Annotated[int, Field(gt=0)] = 32
+    group: Annotated[int, Field(gt=0, lt=2**31)] = 32
     """Columns that share a scale; the last group of a row may be shorter."""
 
     @property

@@ -59,7 +59,7 @@ ONLY_US = "packed by agent-forge: open with `agent-forge chat` or forgekit.model
 
 Code = Literal["base3", "2bit"]
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
-Size = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class MapEntry(Config):
@@ -347,6 +347,8 @@ def _fill(model: nn.Module, header: Header, tensors: dict[str, Tensor], path: Pa
         else:
             codes, scale = (_taken(left, f"{name}.{part}", path) for part in ("codes", "scale"))
             module = _module(name, entry, (codes, scale), header, path)
+        if isinstance(module, GroupedEmbedding):
+            module.padding_idx = source.padding_idx
         if isinstance(module, PackedLinear | GroupedLinear):
             module.transposed = is_conv1d(source)
         if isinstance(module, PackedLinear):

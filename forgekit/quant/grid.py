@@ -10,7 +10,6 @@ Shapes: R rows (outputs), C columns (inputs), B batch, 1 a single column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,19 +148,6 @@ def weighted_error(W_RC: Tensor, ternary: Quantised, second_moment_C: Tensor) ->
         error = ((w_RC - _wide(q_RC)).square() @ m_C).sum().item()
         energy = (w_RC.square() @ m_C).sum().item()
     return error / energy if energy else 0.0 if not error else float("inf")
-
-
-def best_threshold(W_RC: Tensor, plan: TernaryPlan, second_moment_C: Tensor, candidates: Sequence[float]) -> float:
-    """The candidate for ``plan.threshold`` with the least :func:`weighted_error`; the first of equals.
-
-    Raises:
-        ConfigError: no candidates, or one outside the plan's bounds.
-        ArtifactError: as :func:`ternarise` and :func:`weighted_error`.
-    """
-    if not candidates:
-        raise ConfigError("no candidates", where="threshold", remedy="give at least one, such as 0.5")
-    plans = [plan.replace(threshold=t) for t in candidates]
-    return min(plans, key=lambda p: weighted_error(W_RC, ternarise(W_RC, p), second_moment_C)).threshold
 
 
 def check_weights(W_RC: Tensor) -> None:

@@ -24,6 +24,7 @@ from forgekit.infer.kernels import (
     prepared_maps,
     ternary_matmul,
     ternary_matmul_float,
+    traced,
 )
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.grid import Ternary, fake_activations, fake_ternary, straight_through, ternarise
@@ -191,7 +192,7 @@ class PackedLinear(nn.Module):
 
     def _ready(self, maps: Sequence[PackedLinear], x: Tensor) -> TernaryMaps | None:
         """What multiplies ``x`` with the maps, of which this is the first, in one call; None where that cannot be."""
-        if not (plain_floats(x) and self.plan.activation_bits and x.shape[-1] == self.columns):
+        if not (plain_floats(x) and self.plan.activation_bits and x.shape[-1] == self.columns) or traced():
             return None
         tensors = [one._buffers[part] for one in maps for part in ("codes", "scale")]
         ready = self._made.get(len(maps))
@@ -298,7 +299,13 @@ class _Groups(nn.Module):
 
 
 class GroupedEmbedding(_Groups):
-    """A token embedding in 4 to 8 bits, and the output head tied to it."""
+    """A token embedding in 4 to 8 bits, and the output head tied to it.
+
+    Attributes:
+        padding_idx: of the embedding that it stands for.
+    """
+
+    padding_idx: int | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids to rows (..., D), float32."""

@@ -329,6 +329,7 @@ def packed(model: nn.Module, plan: MapPlan, groups: GroupPlan | None) -> nn.Modu
         grouped = _named(name, round_groups, source.weight, groups)
         if isinstance(source, nn.Embedding):
             new = tables[id(source.weight)] = GroupedEmbedding(grouped)
+            new.padding_idx = source.padding_idx
         else:
             new = GroupedLinear(grouped, source.bias)
         swap(copied, name, new)
@@ -479,6 +480,10 @@ class InputStatistics:
     absmax: float
     mean_rms: float
     tokens: int
+
+    def told(self) -> dict[str, float]:
+        """What is one number for the whole map."""
+        return {"absmax": self.absmax, "mean_rms": self.mean_rms, "tokens": self.tokens}
 
 
 class _Gather:

@@ -210,7 +210,7 @@ def test_rounding_that_was_enough_is_told():
     found = made(losses={}, recovery={}, select={"parent": 0.9, "ternary, not trained": 0.9},
                  **{"phase/finetuned": False})  # fmt: skip
     told = ternary_words.rounding(found)
-    assert "Nothing was trained: rounding alone cost no more than the settings allow." in told
+    assert "Nothing was trained: what was only rounded was handed on." in told
     assert not any("brought back" in line for line in told)
     html = ternary_section(found)
     assert "the same: it was handed on as it was rounded" in html and "brought back" not in plain(html)

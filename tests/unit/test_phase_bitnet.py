@@ -18,6 +18,7 @@ from scripted import Scripted
 from tiny import VOCAB, Echo, Events, gpt_config, made, same, train_config, trm_config, weights
 
 from agent_forge.phases.bitnet import evidence as ev
+from agent_forge.phases.bitnet import metrics
 from agent_forge.phases.bitnet.ahead import Ahead
 from agent_forge.phases.bitnet.config import BitNetConfig, LossPlan, OwnText, SpeedPlan
 from agent_forge.phases.bitnet.data import (
@@ -986,7 +987,9 @@ def test_its_numbers_agree_with_each_other(done):
     assert result.artifacts["chosen"] == (ev.TERNARY if metrics["phase/finetuned"] else ev.UNTRAINED)
     assert len(metrics["losses"]["same bytes"]) == 3
     copy = rows[ev.in_floats(ev.TERNARY)]
-    assert copy["accuracy"] == metrics["quality/dense_accuracy"] and copy["bytes"] == rows[ev.PARENT]["bytes"]
+    assert copy["accuracy"] == metrics["quality/dense_accuracy"]
+    written = (phase.context.storage.resolve(result.model) / "model.safetensors").stat().st_size
+    assert 0 < written - copy["bytes"] < 8192, "a header and the tensors"
     assert copy["perplexity"] == metrics["quality/dense_perplexity"] != rows[ev.TERNARY]["perplexity"]
     gate = result.artifacts["gate"]
     assert gate["passed"] == (not any(reason.startswith("no") for reason in gate["reasons"]))
@@ -1028,6 +1031,38 @@ def test_a_second_start_finds_what_the_first_one_saved(done, thinker):
     phase, result, given, _ = done
     found = {phase._saved(phase.key(name, *_prints(phase, given))) for name in ("ternary", "ternary_dense")}
     assert found == {result.artifacts["packed"], result.artifacts["dense"]}
+
+
+def test_stopped_between_the_two_artifacts_it_goes_on_with_the_first(tmp_path, thinker, monkeypatch):
+    storage, session, given = thinker(tmp_path, speciality=SKILLS, thinks=True)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, **kwargs) -> str:
+        if storage.registry.search_models(phase="bitnet"):
+            raise Stopped
+        return save(*args, **kwargs)
+
+    def start():
+        with PipelineLogger(storage.session_path(session), session) as pipeline:
+            settings = config(finetune_above=1.0)
+            return controller(tmp_path, storage, session, settings, pipeline.phase("bitnet")).run([given])
+
+    save = storage.save_model
+    monkeypatch.setattr(storage, "save_model", stop)
+    with pytest.raises(Stopped):
+        start()
+    (first,) = storage.registry.search_models(phase="bitnet")
+    monkeypatch.undo()
+    result = start()
+    assert result.artifacts["packed"] == first["model_id"]
+    assert {row["model_id"] for row in storage.registry.search_models(phase="bitnet")} == {
+        result.artifacts["packed"],
+        result.artifacts["dense"],
+    }
+    dense = Artifact.open(storage.resolve(result.model)).manifest
+    assert dense.metadata["packed_model"] == first["model_id"] and result.evidence
 
 
 def _prints(phase, given):
@@ -1077,3 +1112,30 @@ def test_a_model_of_another_house_is_made_ternary(tmp_path):
         "bitnet", "curriculum", storage, [result.model]
     )
     assert {refusal.kind for refusal in decision.refusals} <= {"threshold"}, decision.message
+
+
+def test_a_file_that_does_not_hold_what_was_measured_is_no_success(tmp_path, thinker, monkeypatch):
+    storage, session, given = thinker(tmp_path, speciality=SKILLS, thinks=True)
+    save = storage.save_model
+
+    def another(model, *args, **kwargs) -> str:
+        if is_packed(model):
+            model.embedding.table.codes[0, 0] = 1 - model.embedding.table.codes[0, 0]
+            written = save(model, *args, **kwargs)
+            model.embedding.table.codes[0, 0] = 1 - model.embedding.table.codes[0, 0]
+            return written
+        return save(model, *args, **kwargs)
+
+    monkeypatch.setattr(storage, "save_model", another)
+    with PipelineLogger(storage.session_path(session), session) as pipeline:
+        phase = controller(tmp_path, storage, session, config(finetune_above=1.0), pipeline.phase("bitnet"))
+        result = phase.run([given])
+    assert result.success is False and result.metrics["phase/success"] is False
+
+
+@pytest.mark.parametrize(("changes", "was_trained"), [({}, True), ({"loss": {"divergence": 0.0}}, True), ({}, False)])
+def test_what_no_step_told_is_told_as_nothing(changes, was_trained):
+    silent = metrics.never_told(config(**changes), was_trained)
+    told = {"train/loss", "train/divergence", "train/strength"}
+    assert set(silent.values()) <= {None}
+    assert silent.keys() == (told if not was_trained else {"train/divergence"} if changes else set())

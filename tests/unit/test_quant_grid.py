@@ -13,7 +13,6 @@ from forgekit.errors import ArtifactError, ConfigError
 from forgekit.quant.config import GroupPlan, TernaryPlan
 from forgekit.quant.grid import (
     Ternary,
-    best_threshold,
     fake_activations,
     fake_ternary,
     quantise_activations,
@@ -406,29 +405,6 @@ def test_moments_that_do_not_fit_are_refused(m_C, what):
         weighted_error(W_RC, ternarise(W_RC, TernaryPlan()), m_C)
     with pytest.raises(ArtifactError, match=r"^quantised weights: \(2, 2\) for weights of \(3, 2\)"):
         weighted_error(W_RC, ternarise(W_RC[:2], TernaryPlan()), torch.ones(2))
-
-
-@quick
-@given(matrices(scales=(-3, 0, 3)), plans)
-def test_the_best_threshold_has_the_least_error(W_RC, plan):
-    m_C = torch.arange(1.0, W_RC.shape[1] + 1)
-    candidates = (0.9, 0.3, 0.5, 0.3, 0.7)
-    errors = [weighted_error(W_RC, ternarise(W_RC, plan.replace(threshold=t)), m_C) for t in candidates]
-    assert best_threshold(W_RC, plan, m_C, candidates) == candidates[errors.index(min(errors))]
-
-
-def test_inputs_that_matter_move_the_threshold():
-    W_RC = torch.tensor([[0.4, 0.4, 0.4, 1.0, 1.0, 1.0]])
-    loud, quiet = torch.tensor([9.0, 9, 9, 0.01, 0.01, 0.01]), torch.tensor([0.01, 0.01, 0.01, 9, 9, 9])
-    plan = TernaryPlan()
-    assert best_threshold(W_RC, plan, loud, [0.3, 0.7]) == 0.3
-    assert best_threshold(W_RC, plan, quiet, [0.3, 0.7]) == 0.7
-
-
-@pytest.mark.parametrize("candidates", [[], [0.5, 2.0], [float("nan")]])
-def test_thresholds_that_cannot_be_are_refused(candidates):
-    with pytest.raises(ConfigError, match="^threshold: "):
-        best_threshold(torch.ones(2, 2), TernaryPlan(), torch.ones(2), candidates)
 
 
 # Plans

@@ -145,9 +145,8 @@ class BitNetConfig(Config):
     groups: GroupPlan | None = GroupPlan()
     """Rounding of embedding and head; null keeps them in float16."""
     dense: Literal["float16", "float32"] = "float16"
-    """How the dequantised copy that later phases train is stored. float16 holds the ternary weights exactly, those of
-    other grids and of the embedding to eleven bits; it is read as float32. Hugging Face models are read as stored:
-    always float32."""
+    """How the dequantised copy that later phases train is stored: float16 where that is exact, as of ternary weights,
+    else float32; or all in float32. It is read as float32. Hugging Face models are always stored as float32."""
     calibration: CalibrationPlan = CalibrationPlan()
     """What is measured before rounding."""
     finetune_above: Share = 0.1

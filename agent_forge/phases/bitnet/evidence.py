@@ -46,8 +46,9 @@ def against(made: str, other: str) -> str:
 
 
 def smaller(made: str, text: bool = False) -> str:
-    """The claim that compares the result with a model of the same bytes, by skills or by text."""
-    return f"{made} beats full precision in the same bytes{', on text' if text else ''}"
+    """The claim that compares the result with a model of the same bytes, by skills or by text. That one began from
+    nothing and was trained for as many steps."""
+    return f"{made} beats full precision in the same bytes, from nothing{', on text' if text else ''}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: R rows, C columns of a matrix, N questions.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import threading
 import time
@@ -30,7 +31,7 @@ from forgekit.models.budget import solve_budget
 from forgekit.models.config import FAMILIES, GPTConfig
 from forgekit.models.io import build_model
 from forgekit.quant.config import MapPlan, TernaryPlan
-from forgekit.quant.files import write_packed
+from forgekit.quant.files import read_packed, write_packed
 from forgekit.quant.grid import weighted_error
 from forgekit.quant.layers import PackedLinear, is_conv1d
 from forgekit.quant.model import InputStatistics, image, plans_of
@@ -161,8 +162,7 @@ def chosen_threshold(
 ) -> tuple[TernaryPlan, dict[str, float]]:
     """The plan with the threshold that changes the outputs of all maps least, and the error of every candidate.
 
-    A file has one plan, so the candidates are compared over all maps (:func:`forgekit.quant.grid.best_threshold`
-    compares them for one).
+    A file has one plan, so the candidates are compared over all maps.
 
     Args:
         model: plain.
@@ -210,9 +210,25 @@ def packed_bytes(model: nn.Module) -> int:
         return write_packed(model, None, Path(folder))["total"]
 
 
+def opens_alike(folder: Path, model: nn.Module) -> bool:
+    """Whether a packed model, read back from disk, is the one that was measured, tensor for tensor."""
+    again, own = read_packed(folder)[0].state_dict(), model.state_dict()
+    return again.keys() == own.keys() and all(torch.equal(again[name], one.cpu()) for name, one in own.items())
+
+
+def map_bits(plan: MapPlan) -> float:
+    """Bits of a code of a linear map: of three values log2(3)."""
+    return math.log2(3) if isinstance(plan, TernaryPlan) else float(plan.bits)
+
+
 def bytes_float32(model: nn.Module) -> int:
     """Bytes of a model's stored tensors with four for every number that is no integer."""
     return sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for _, t in unique(model))
+
+
+def bytes_stored(model: nn.Module) -> int:
+    """Bytes of a model's stored tensors as they are."""
+    return sum(t.nbytes for _, t in unique(model))
 
 
 def narrow(config: Any, size: int, seed: int) -> nn.Module | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from agent_forge.phases.bitnet.config import BitNetConfig
 from agent_forge.phases.bitnet.evidence import INT4, INT8, PARENT, SAME_BYTES, Finals, in_floats, untrained
 from agent_forge.phases.bitnet.measuring import Speed
 from agent_forge.pipeline.handoff import validate_models
@@ -70,12 +71,18 @@ def values(finals: Finals, speed: Speed, facts: dict[str, Any]) -> dict[str, Any
     }
     baselines = {"untrained": untrained(made), "int8": INT8, "int4": INT4, "same_bytes": SAME_BYTES}
     for short, name in baselines.items():
-        if name in finals.readings:
-            reading = finals.readings[name]
-            found[f"baseline/{short}_accuracy"] = reading.accuracy
-            found[f"baseline/{short}_perplexity"] = reading.perplexity
-            found[f"baseline/{short}_size_mb"] = finals.sizes[name] / MIB
+        reading, size = finals.readings.get(name), finals.sizes.get(name)
+        found[f"baseline/{short}_accuracy"] = reading and reading.accuracy
+        found[f"baseline/{short}_perplexity"] = reading and reading.perplexity
+        found[f"baseline/{short}_size_mb"] = size and size / MIB
     return found
+
+
+def never_told(config: BitNetConfig, was_trained: bool) -> dict[str, None]:
+    """What no step could tell, by its name in the catalogue: nothing was trained, or not towards the parent."""
+    if not was_trained:
+        return dict.fromkeys(STEP_PARTS.values())
+    return {} if config.loss.divergence else {STEP_PARTS["divergence"]: None}
 
 
 def emit_phase(context: PhaseContext, found: dict[str, Any], ends: tuple[str, str]) -> dict[str, Any]:

@@ -54,17 +54,20 @@ from agent_forge.phases.bitnet.measuring import (
     Reading,
     Speed,
     bytes_float32,
+    bytes_stored,
     chosen_threshold,
     decoding_speed,
     grid_distance,
     is_right,
+    map_bits,
     narrow,
+    opens_alike,
     output_error,
     packed_bytes,
     size_of,
     zero_share,
 )
-from agent_forge.phases.bitnet.metrics import STEP_PARTS, emit_phase, values
+from agent_forge.phases.bitnet.metrics import STEP_PARTS, emit_phase, never_told, values
 from agent_forge.phases.bitnet.parent import Parent, open_parent
 from agent_forge.phases.bitnet.texts import own_texts
 from agent_forge.phases.bitnet.training import Piece, Student, Workshop
@@ -231,7 +234,8 @@ class BitNetPhase(PhaseController):
             "threshold": getattr(plan, "threshold", None),
         }
         unknown = sorted(set(targets(parent.model)) - set(statistics))
-        self.context.logger.event("calibrated", errors=errors, **facts, never_reached=unknown)
+        inputs = {name: one.told() for name, one in statistics.items()}
+        self.context.logger.event("calibrated", errors=errors, **facts, never_reached=unknown, inputs=inputs)
         model = packed(parent.model, plan, config.groups)
         after = agreed(lambda: select.of(model, parent.tokenizer))
         size = packed_bytes(model)
@@ -310,11 +314,13 @@ class BitNetPhase(PhaseController):
         self.context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
         decision = decide(self.config, self.context.profile.gate, evidence, finals)
         seconds = time.perf_counter() - began
-        found |= {"phase/duration_seconds": seconds, "phase/success": True}
         packed_id, dense_id = saved.values()
+        valid = opens_alike(self.context.storage.resolve(packed_id), small)
+        found |= {"phase/duration_seconds": seconds, "phase/success": valid}
+        found |= never_told(self.config, bool(made.records))
         told = emit_phase(self.context, found, (parent.model_id, dense_id))
         return PhaseResult(
-            success=True,
+            success=valid,
             model=dense_id,
             phase_name=self.name,
             metrics=told | self._tables(made, finals, speed),
@@ -327,6 +333,9 @@ class BitNetPhase(PhaseController):
                 "packed": packed_id,
                 "dense": dense_id,
                 "on_grid": True,
+                "quantization_bits": map_bits(made.plan),
+                "preserved_layers": found["compression/layers_preserved"],
+                "calibration_samples": found["bitnet/calibration_samples"],
                 "chosen": made.chosen,
                 "gate": decision.model_dump(),
                 "data": data.provenance,
@@ -354,12 +363,12 @@ class BitNetPhase(PhaseController):
             ahead.ask(name, partial(rounded, plan))
 
     def _finals(self, parent: Parent, data: BitNetData, made: Made, sides: tuple[nn.Module, nn.Module]) -> Finals:
-        """Every model on the report split, and its bytes on disk; of the float copy those of float32."""
+        """Every model on the report split, and its bytes on disk."""
         small, plain = sides
         report, found = self._asked(parent, data, "report"), dict(made.compared)
         rounded = untrained(made.name)
         found[made.name] = (report.of(small, parent.tokenizer), made.size) if made.trained else found[rounded]
-        found[in_floats(made.name)] = report.of(plain, parent.tokenizer), bytes_float32(plain)
+        found[in_floats(made.name)] = report.of(plain, parent.tokenizer), bytes_stored(self._stored(plain))
         if made.small is not None:
             found[SAME_BYTES] = report.of(made.small, parent.tokenizer), size_of(made.small)
         order = (PARENT, made.name, in_floats(made.name), rounded, *self._others(made), SAME_BYTES)
@@ -433,9 +442,7 @@ class BitNetPhase(PhaseController):
             done = self._saved(key)
             if done is None:
                 is_packed = name == made.name
-                model = small if is_packed else plain
-                if not is_packed and self.config.dense == "float16" and not hasattr(model, "hf"):
-                    model = halved(model)
+                model = small if is_packed else self._stored(plain)
                 metadata = self._metadata(parent, data, made, (name, key, values))
                 metadata |= {} if is_packed else {"packed_model": saved[made.name]}
                 extras = self._extras(parent, made, (name, finals, values))
@@ -444,6 +451,12 @@ class BitNetPhase(PhaseController):
                 )
             saved[name] = done
         return saved
+
+    def _stored(self, plain: nn.Module) -> nn.Module:
+        """The float copy as it is stored."""
+        if self.config.dense == "float32" or hasattr(plain, "hf"):
+            return plain
+        return halved(copy.deepcopy(plain))
 
     def _saved(self, key: str) -> str | None:
         storage = self.context.storage

@@ -21,7 +21,7 @@ from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer.kernels import cpu, plain
 from forgekit.infer.kernels.cpu import TernaryMaps
 from forgekit.infer.kernels.llvm_attention import LANES
-from forgekit.infer.kernels.steps import Token, Writing, attend, remember, rms_norm
+from forgekit.infer.kernels.steps import Token, Writing, attend, compiled, remember, rms_norm
 from forgekit.quant.pack import width2
 from forgekit.registry import unknown
 
@@ -33,7 +33,7 @@ HEAD_STEP, MEMORY_STEP = 2 * LANES, LANES
 """What the width of heads must be a multiple of for :func:`attend`, and for :func:`remember`."""
 __all__ = [
     "TernaryMaps", "Token", "Writing", "attend", "backend", "grouped_matmul", "plain_floats", "prepared_maps",
-    "remember", "rms_norm", "takes", "ternary_matmul", "ternary_matmul_float",
+    "remember", "rms_norm", "takes", "traced", "ternary_matmul", "ternary_matmul_float",
 ]  # fmt: skip
 REMEDY = {"llvm": "pip install llvmlite", "triton": "pip install triton, on a machine with a GPU"}
 
@@ -106,8 +106,13 @@ def plain_floats(tensor: Tensor) -> bool:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether compiled code can take all of these: :func:`plain_floats`, or None."""
-    return _chosen(tensors[0]) == "llvm" and all(one is None or plain_floats(one) for one in tensors)
+    """Whether the compiled steps can take all of these: :func:`plain_floats`, or None."""
+    return _chosen(tensors[0]) == "llvm" and all(one is None or plain_floats(one) for one in tensors) and compiled()
+
+
+def traced() -> bool:
+    """Whether calls are recorded, as torch.export does: compiled code would leave no trace."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def ternary_matmul_float(packed2_RP: Tensor, scale_R: Tensor, x_BC: Tensor, columns: int) -> Tensor:
@@ -134,7 +139,7 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
     """
     rows, columns = codes_RC.shape
     groups = -(-columns // group) if group > 0 else 0
-    if codes_RC.dtype != torch.int8 or scale_RG.shape != (rows, groups) or x_BC.shape[-1] != columns:
+    if not groups or codes_RC.dtype != torch.int8 or scale_RG.shape != (rows, groups) or x_BC.shape[-1] != columns:
         what = f"codes {tuple(codes_RC.shape)}, scales {tuple(scale_RG.shape)}, activations {tuple(x_BC.shape)}"
         what = f"{what} do not fit groups of {group}"
         raise ArtifactError(what, where="group-wise product", remedy="restore the artifact")
@@ -186,7 +191,7 @@ def _flat(x_BC: Tensor, columns: int) -> Tensor:
 
 def _chosen(x: Tensor) -> str:
     """:func:`backend` for the device of a tensor."""
-    return _choose(os.environ.get(VARIABLE, ""), "cpu" if x.is_cpu else x.device.type)
+    return "torch" if traced() else _choose(os.environ.get(VARIABLE, ""), "cpu" if x.is_cpu else x.device.type)
 
 
 @functools.cache

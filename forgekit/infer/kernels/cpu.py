@@ -39,7 +39,22 @@ from forgekit.infer.kernels.llvm_text import OpenMP
 SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
 """Products from which on threads are worth waking."""
 MISSING = "llvmlite is not installed"
-_memory = threading.local()
+KEPT_SCRATCH = 1 << 22
+"""Bytes of scratch memory that a thread keeps between calls, at most."""
+_memory, _compiling = threading.local(), threading.RLock()
+
+
+def once(function: Callable) -> Callable:
+    """``functools.cache`` for what compiles: threads that ask at the same time wait for the first."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with _compiling:
+            return cached(*args)
+
+    call.cache_clear = cached.cache_clear
+    return call
 
 
 @dataclass(frozen=True)
@@ -64,19 +79,19 @@ def available() -> bool:
     return not obstacle()
 
 
-@functools.cache
+@once
 def obstacle() -> str:
     """Why LLVM cannot be used: it is not there, cannot be loaded, or makes nothing right of any flavour; or nothing."""
     if importlib.util.find_spec("llvmlite") is None:
         return MISSING
     try:
         ternary()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return ""
 
 
-@functools.cache
+@once
 def machine() -> Machine:
     """The flavours this processor can run, best first."""
     import llvmlite.binding as llvm
@@ -86,7 +101,7 @@ def machine() -> Machine:
     return Machine(flavours, bool(has.get("f16c") or has.get("neon")), _openmp())
 
 
-@functools.cache
+@once
 def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
     """The ternary product for a flavour; without one for the best that passes its first test.
 
@@ -102,17 +117,27 @@ def ternary(flavour: Flavour | None = None) -> tuple[Flavour, Compiled]:
     return found
 
 
-@functools.cache
-def grouped(group: int) -> Compiled:
-    """The group-wise product for one size of group."""
-    return compile_text(grouped_module(group, machine().openmp), "grouped", "ppppnnnnn")
+@once
+def grouped(group: int) -> Compiled | None:
+    """The group-wise product for one size of group; None where it cannot be compiled."""
+    return attempted(lambda: compile_text(grouped_module(group, machine().openmp), "grouped", "ppppnnnnn"))
 
 
-@functools.cache
+@once
 def digits(flavour: Flavour | None = None) -> Compiled | None:
     """The group-wise product with byte products; None where the machine has no fitting instruction."""
     chosen = flavour or ternary()[0]
-    return compile_text(digits_module(chosen, machine().openmp), "digits", "pppppnnnn") if chosen.whole else None
+    if not chosen.whole:
+        return None
+    return attempted(lambda: compile_text(digits_module(chosen, machine().openmp), "digits", "pppppnnnn"))
+
+
+def attempted(compile_: Callable[[], Compiled]) -> Compiled | None:
+    """What was compiled; None where this LLVM cannot."""
+    try:
+        return compile_()
+    except (RuntimeError, OSError):
+        return None
 
 
 class TernaryMaps:
@@ -148,10 +173,10 @@ class TernaryMaps:
         batch = x.numel() // self.columns
         out = x.new_empty((*x.shape[:-1], self.rows))
         threads = torch.get_num_threads() if batch * self.rows * self.columns >= SHARED_TERNARY else 1
-        self._code.call(
-            *self._fixed, x.data_ptr(), 0 if gain_C is None else gain_C.data_ptr(), out.data_ptr(),
-            scratch(batch * self._token), batch, self.columns, threads,
-        )  # fmt: skip
+        gain, size = (0, self._token) if gain_C is None else (gain_C.data_ptr(), self._token + 4 * self.columns)
+        with_scratch(
+            batch * size, self._code, (*self._fixed, x.data_ptr(), gain, out.data_ptr()), (batch, self.columns, threads)
+        )
         return out
 
     def __reduce__(self) -> tuple:
@@ -173,41 +198,47 @@ def grouped_matmul(codes_RC: Tensor, scale_RG: Tensor, x_BC: Tensor, group: int)
     (batch, columns), rows = x_BC.shape, codes_RC.shape[0]
     if group % 16 or not machine().halves:
         return plain.grouped_matmul(codes_RC, scale_RG, x_BC, group)
-    out_BR = torch.empty(batch, rows, dtype=torch.float32)
+    out_BR = torch.empty(batch, rows, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads() if batch * rows * columns >= SHARED_GROUPED else 1
     places = (codes_RC.data_ptr(), scale_RG.data_ptr(), x_BC.data_ptr(), out_BR.data_ptr())
     if group == GROUP and columns >= LEAST and columns % STEP == 0 and (code := digits()) is not None:
-        code.call(*places, scratch(batch * digits_bytes(columns)), batch, rows, columns, threads)
+        with_scratch(batch * digits_bytes(columns), code, places, (batch, rows, columns, threads))
+    elif (code := grouped(group)) is not None:
+        code.call(*places, batch, rows, columns, scale_RG.shape[1], threads)
     else:
-        grouped(group).call(*places, batch, rows, columns, scale_RG.shape[1], threads)
+        return plain.grouped_matmul(codes_RC, scale_RG, x_BC, group)
     return out_BR
 
 
 def _working(flavour: Flavour) -> tuple[Flavour, Compiled] | None:
     """The product for a flavour that can be compiled here (an LLVM may not know all instructions) and is right."""
-    try:
-        pair = ternary(flavour)
-    except (RuntimeError, OSError):
-        return None
-    return pair if _right(pair) else None
+    pair = attempted(lambda: ternary(flavour))
+    return pair if pair is not None and _right(pair) else None
 
 
 def _right(pair: tuple[Flavour, Compiled]) -> bool:
     """A small product as plain torch has it: processors that nobody tried must not give wrong numbers."""
-    generator = torch.Generator().manual_seed(0)
-    a, b, c, d = torch.randint(0, 3, (4, 7, 112), generator=generator, dtype=torch.uint8)
-    packed_RP, scale_R = a | b << 2 | c << 4 | d << 6, torch.rand(7, generator=generator)
-    x_BC = torch.randn(5, 430, generator=generator)
-    got_BR = ternary_matmul(packed_RP, scale_R, x_BC, pair[0])
-    return torch.equal(got_BR, plain.ternary_matmul(packed_RP, scale_R, x_BC))
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        a, b, c, d = torch.randint(0, 3, (4, 7, 112), generator=generator, dtype=torch.uint8)
+        packed_RP, scale_R = a | b << 2 | c << 4 | d << 6, torch.rand(7, generator=generator)
+        x_BC = torch.randn(5, 430, generator=generator)
+        x_BC[1, 3], x_BC[2, 429] = torch.inf, torch.nan
+        want_BR = plain.ternary_matmul(packed_RP, scale_R, x_BC)
+        got_BR = ternary_matmul(packed_RP, scale_R, x_BC, pair[0])
+    return torch.equal(got_BR.nan_to_num(7e7), want_BR.nan_to_num(7e7))
 
 
-def scratch(size: int) -> int:
-    """The address of this thread's memory for rounded activations."""
+def with_scratch(size: int, code: Compiled, before: Sequence[int], after: Sequence[int]) -> None:
+    """Call compiled code with the address of some memory among its arguments; a thread keeps what is small."""
+    if size > KEPT_SCRATCH:
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        code.call(*before, room.data_ptr(), *after)
+        return
     if getattr(_memory, "size", -1) < size:
-        _memory.size, _memory.tensor = size, torch.empty(size, dtype=torch.uint8)
+        _memory.size, _memory.tensor = size, torch.empty(size, dtype=torch.uint8, device="cpu")
         _memory.address = _memory.tensor.data_ptr()
-    return _memory.address
+    code.call(*before, _memory.address, *after)
 
 
 def compile_text(text: str, name: str, kinds: str) -> Compiled:
@@ -225,7 +256,9 @@ def compile_text(text: str, name: str, kinds: str) -> Compiled:
     engine = llvm.create_mcjit_compiler(module, host)
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p if k == "p" else ctypes.c_int64 for k in kinds])
-    return Compiled(kind(engine.get_function_address(name)), engine)
+    call = kind(engine.get_function_address(name))
+    call.engine = engine  # whoever holds the function keeps its code
+    return Compiled(call, engine)
 
 
 def _openmp() -> OpenMP:

@@ -33,6 +33,7 @@ MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: adding it rounds a small float32 to the nearest integer, halves to even, into the low bits."""
 NORM_DECLARES = """declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare float @llvm.sqrt.f32(float)"""
+INFINITY, NAN = "0x7FF0000000000000", "0x7FF8000000000000"
 EPSILON = "0x3EB0C6F7A0000000"
 """What a norm adds to the mean square: float32(1e-6), as LLVM writes it."""
 
@@ -121,7 +122,8 @@ def ternary_module(flavour: Flavour, openmp: OpenMP) -> str:
     """The text of ``void ternary(table, maps, x, gain, out, scratch, B, C, threads)``: maps of one input.
 
     ``table`` has the addresses of packed weights and scales and the number of rows of each map; a token's outputs stand
-    side by side. With a ``gain`` the tokens are RMS-normalised first. ``scratch`` has room for B :func:`token_bytes`.
+    side by side. With a ``gain`` the tokens are RMS-normalised first. ``scratch`` has room for
+    B :func:`token_bytes`, and for 4 B C more with a gain.
     ``openmp`` holds the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads; without it there is one
     thread.
     """
@@ -189,8 +191,8 @@ def _declares(flavour: Flavour) -> list[str]:
 
 def token_bytes(flavour: Flavour, columns: int) -> int:
     """Bytes of scratch that a token takes: Q rounded activations, filled up with zeros to whole vectors, their scale,
-    their sum and, for a norm, C floats."""
-    return 4 * flavour.width * -(-columns // (4 * flavour.width)) + 8 + 4 * columns
+    their sum. A norm takes 4 C more."""
+    return 4 * flavour.width * -(-columns // (4 * flavour.width)) + 8
 
 
 def norm_module() -> str:
@@ -253,7 +255,8 @@ def _quantise(width: int) -> str:
     [top] = w.loop("0", whole, 1, [(vector, top)], lambda i, c: [largest(w, w.at("%x", w.times(i, 4 * BLOCK)), c[0])])
     top = w.let(f"call i32 @llvm.vector.reduce.umax.v16i32({vector} {top})")
     scale = w.let(f"fdiv float {w.let(f'bitcast i32 {top} to float')}, 127.0")
-    w.store("float", scale, "%scale")
+    endless = w.let(f"fcmp oeq float {scale}, {INFINITY}")
+    w.store("float", w.let(f"select i1 {endless}, float {NAN}, float {scale}"), "%scale")
     nothing = w.let(f"fcmp oeq float {scale}, 0.0")
     divisor = w.splat(16, "float", w.let(f"select i1 {nothing}, float 1.0, float {scale}"))
 

@@ -8,13 +8,12 @@ Shapes: B batch, C columns, D model width, H heads, K head width, L slots of a c
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from forgekit.infer.kernels.cpu import Compiled, compile_text, machine, scratch
+from forgekit.infer.kernels.cpu import Compiled, attempted, compile_text, machine, once, with_scratch
 from forgekit.infer.kernels.llvm_attention import attention_bytes, attention_module
 from forgekit.infer.kernels.llvm_memory import memory_bytes, memory_module
 from forgekit.infer.kernels.llvm_ternary import norm_module
@@ -40,7 +39,13 @@ class Token(NamedTuple):
     gain_H: Tensor | None
 
 
-@functools.cache
+@once
+def compiled() -> bool:
+    """Whether all of these can be compiled."""
+    return all(attempted(step) is not None for step in (norm, attention, memory))
+
+
+@once
 def attention() -> Compiled:
     """One token's attention."""
     return compile_text(attention_module(machine().openmp), "attend", "p" * 12 + "n" * 7)
@@ -65,15 +70,16 @@ def attend(qkv: Tensor, token: Token, turn: tuple[Tensor, Tensor], cache: tuple[
     seen = token.end + 1 - token.start
     threads = torch.get_num_threads() if 2 * batch * heads * seen * width >= SHARED else 1
     pointers = (qkv, taps, tail, after, token.gain_H, *turn, token.pos_B1, keys, values, out)
-    attention().call(
-        *[0 if x is None else x.data_ptr() for x in pointers],
-        scratch(attention_bytes((batch, heads, width), seen, taps is not None)),
-        batch, heads, width, slots, token.start, token.end, threads,
-    )  # fmt: skip
+    with_scratch(
+        attention_bytes((batch, heads, width), seen, taps is not None),
+        attention(),
+        [0 if x is None else x.data_ptr() for x in pointers],
+        (batch, heads, width, slots, token.start, token.end, threads),
+    )
     return out, after
 
 
-@functools.cache
+@once
 def norm() -> Compiled:
     """The norm that ternary products may begin with, alone."""
     return compile_text(norm_module(), "norm", "pppnn")
@@ -86,7 +92,7 @@ def rms_norm(x: Tensor, gain_C: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
+@once
 def memory() -> Compiled:
     """One token of a Titans memory."""
     return compile_text(memory_module(machine().openmp), "remember", "p" * 13 + "n" * 4)
@@ -119,7 +125,6 @@ def remember(qkv: Tensor, gates: Tensor, state: tuple[Tensor, Tensor, Tensor], w
     out, after = qkv.new_empty(batch, 1, heads * width), tuple(torch.empty_like(x) for x in state)
     threads = torch.get_num_threads() if 4 * M.numel() >= SHARED else 1
     pointers = (qkv, writing.taps, tail, after[2], gates, writing.limits, writing.gain, M, S, *after[:2], out)
-    memory().call(
-        *[x.data_ptr() for x in pointers], scratch(memory_bytes(batch, heads, width)), batch, heads, width, threads
-    )
+    places, numbers = [x.data_ptr() for x in pointers], (batch, heads, width, threads)
+    with_scratch(memory_bytes(batch, heads, width), memory(), places, numbers)
     return out, after
