@@ -221,7 +221,8 @@ def test_nothing_is_written_outside_the_output(flavour, normed):
     x_BC = tokens(batch, columns)
     code = cpu.ternary(flavour)[1]
     out = torch.full((batch * rows + 32,), 7.0)
-    scratch = torch.full((batch * token_bytes(flavour, columns) + 64,), 9, dtype=torch.uint8)
+    room = batch * (token_bytes(flavour, columns) + (4 * columns if normed else 0))
+    scratch = torch.full((room + 64,), 9, dtype=torch.uint8)
     table = torch.tensor([packed_RP.data_ptr(), scale_R.data_ptr(), rows])
     gain_C = torch.ones(columns) if normed else None
     places = [x_BC.data_ptr(), gain_C.data_ptr() if normed else 0, out[16:].data_ptr(), scratch[32:].data_ptr()]
