@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from agent_forge.cli.shared import newest, print_json, say, storage_of
+from agent_forge.cli.shared import print_json, say, storage_of, to_talk_to
 
 if TYPE_CHECKING:
     from agent_forge.merging.check import Lookup
@@ -139,7 +139,7 @@ def serve(
     from forgekit.errors import ConfigError
 
     storage = storage_of(context)
-    folders = [storage.resolve(name) for name in models] if models else [newest(storage)]
+    folders = [to_talk_to(storage, name) for name in models or ["latest"]]
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         remedy = "clients name a model by its folder: rename one"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from agent_forge.cli.shared import newest, print_json, say, storage_of
+from agent_forge.cli.shared import print_json, say, storage_of, to_talk_to
 from forgekit.data.tokenizer import THINKING
 
 HELP = "/reset forgets the conversation, /params shows or sets sampling (/params temperature=0.8), /quit leaves; \
@@ -75,17 +75,17 @@ def _model_and_text(storage, words: list[str]):
     from forgekit.errors import ArtifactError
 
     if len(words) >= 2:
-        return storage.resolve(words[0]), " ".join(words[1:])
+        return to_talk_to(storage, words[0]), " ".join(words[1:])
     if not words:
-        return newest(storage), None
+        return to_talk_to(storage), None
     from pathlib import Path
 
     if (Path(words[0]) / "config.json").is_file():
         return Path(words[0]), None
     try:
-        return storage.resolve(words[0]), None
+        return to_talk_to(storage, words[0]), None
     except ArtifactError:
-        return newest(storage), words[0]
+        return to_talk_to(storage), words[0]
 
 
 def _answer(talk, text: str, shown: Literal["all", "answers", "nothing"]) -> None:

@@ -22,16 +22,18 @@ def storage_of(context: typer.Context) -> ModelStorage:
     return ModelStorage(context.obj["storage"])
 
 
-def newest(storage: ModelStorage) -> Path:
-    """Folder of the newest model to talk to: of one that is there packed too, the packed one.
+def to_talk_to(storage: ModelStorage, name: str = "latest") -> Path:
+    """Folder of a model to talk to; of the newest, if it is there packed too, the packed one.
 
     Raises:
-        ArtifactError: there is no model.
+        ArtifactError: there is no such model.
     """
     from forgekit.errors import ArtifactError
     from forgekit.store.artifact import Artifact
 
-    folder = storage.resolve("latest")
+    folder = storage.resolve(name)
+    if name != "latest":
+        return folder
     packed = Artifact.open(folder).manifest.metadata.get("packed_model")
     try:
         return storage.resolve(packed) if packed else folder

@@ -163,6 +163,8 @@ def test_chat_with_one_word_takes_a_model_or_asks_the_newest(forge, journey, mon
     storage = ("--storage", journey.home / "storage")
     asked = json.loads(forge(*storage, "chat", "copy 4", "--json", "--max-tokens", "3").out)
     assert asked["model"].endswith("/ternary"), "of the newest model the packed one talks"
+    again = json.loads(forge(*storage, "chat", "latest", "copy 4", "--json", "--max-tokens", "3").out)
+    assert again["model"] == asked["model"]
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for model in (journey.result["model"], journey.folder("trunk")):
         assert forge(*storage, "chat", model).code == 0
