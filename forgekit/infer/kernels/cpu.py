@@ -36,7 +36,7 @@ from forgekit.infer.kernels.llvm_grouped import GROUP, LEAST, STEP, digits_bytes
 from forgekit.infer.kernels.llvm_ternary import FLAVOURS, Flavour, ternary_module, token_bytes
 from forgekit.infer.kernels.llvm_text import OpenMP
 
-SHARED_TERNARY, SHARED_GROUPED = 1 << 21, 1 << 19
+SHARED_TERNARY, SHARED_GROUPED = 1 << 18, 1 << 19
 """Products from which on threads are worth waking."""
 MISSING = "llvmlite is not installed"
 KEPT_SCRATCH = 1 << 22
