@@ -189,8 +189,8 @@ def costs() -> list[str]:
     return [
         f"Instructions used: {cpu.ternary()[0].name}. Compiling takes {1e3 * compiled:.0f} ms once per process; a call "
         f"of 16 x 64 takes {middle['tiny']:.1f} us in all: the product is next to nothing of it. Of what is called the "
-        f"compiled part {middle['nothing']:.1f} us are the way there: so long takes a call of getpid through ctypes with as "
-        "many arguments. llama.cpp's node has no such way.",
+        f"compiled part {middle['nothing']:.1f} us are the way there: so long takes a call of getpid through ctypes "
+        "with as many arguments. llama.cpp's node has no such way.",
         f"Without LLVM, 1024 x 1024 in plain torch takes {middle['plain']:.0f} us instead of {middle['ours']:.1f}.",
     ]
 
