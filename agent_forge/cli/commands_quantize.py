@@ -148,7 +148,7 @@ def _settings(storage: str, wanted: dict[str, Any]) -> Profile:
     if output is not None and (output.exists() or output.is_symlink()):
         raise ArtifactError("exists already", where=str(output), remedy="choose another name: --out")
     store = ModelStorage(storage)
-    found = find_input(store, wanted["model"])
+    found = find_input(store, wanted["model"], "quantised again")
     folder = Path(found.path)
     values = read_config(folder)
     with torch.device("meta"):  # its parts are asked for, not its numbers

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agent_forge.merging.folders_weights import WeightFolder
 from forgekit.errors import ArtifactError, ConfigError
-from forgekit.models.config import GPTConfig
+from forgekit.models.config import FAMILIES, GPTConfig
 from forgekit.store.packed import says_packed, way_to_dense
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def check_settings(config: dict[str, Any], source: Path) -> None:
         _check_llama(config, source)
     else:
         what = f"model type {kind!r} has no exact place in llama.cpp here"
-        remedy = "export a gpt or Llama-type model, or use --format hf (llama.cpp converts further types from there)"
+        remedy = "export a gpt or Llama-type model, or use --format hf"
+        remedy += "" if kind in FAMILIES else " (llama.cpp converts further types from there)"
         raise _refused(source, what, remedy)
     if says_packed(config):
         what = "the weights are packed, and llama.cpp rounds activations otherwise"

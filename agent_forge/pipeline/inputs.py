@@ -47,14 +47,16 @@ class Input:
         return asdict(self)
 
 
-def find_input(storage: ModelStorage, ref: str) -> Input:
+def find_input(storage: ModelStorage, ref: str, verb: str = "trained") -> Input:
     """The model that ``ref`` means: an id, its beginning, a name, or a folder, ours or Hugging Face's.
+
+    ``verb`` is what packed weights cannot be.
 
     Raises:
         ArtifactError: no such model, the folder holds none, or its weights are packed: phases train.
     """
     path = storage.resolve(Path(ref).expanduser() if ref.startswith("~") else ref).absolute()
-    refuse_packed(path, "trained")
+    refuse_packed(path, verb)
     if not (path / MANIFEST).is_file():
         read_config(path)
         return Input(str(path), EXTERNAL)
