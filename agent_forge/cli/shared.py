@@ -36,9 +36,10 @@ def to_talk_to(storage: ModelStorage, name: str = "latest") -> Path:
         return folder
     packed = Artifact.open(folder).manifest.metadata.get("packed_model")
     try:
-        return storage.resolve(packed) if packed else folder
-    except ArtifactError:  # it was deleted since
+        small = storage.resolve(packed) if packed else folder
+    except ArtifactError:
         return folder
+    return small if small.is_dir() else folder  # it may have been deleted since
 
 
 def print_json(value: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from agent_forge.cli.shared import to_talk_to
 from agent_forge.export.gguf import GGUFPlan, export_gguf
 from agent_forge.pipeline.handoff import ModelHandoffValidator
 from agent_forge.prompt_baking import bake_prompt
@@ -714,3 +715,18 @@ def test_an_llvm_that_does_not_work_is_told_and_done_without(forge, monkeypatch)
     finally:
         monkeypatch.undo()
         forget()
+
+
+def test_the_newest_model_talks_from_its_packed_file(tmp_path):
+    storage, model = ModelStorage(tmp_path), model_of("gpt")
+    session = storage.registry.create_session({})
+    save = (session, "bitnet")
+    small = storage.save_model(packed(model, PLAN, GROUPS), *save, "ternary", {}, tokenizer=TOKENIZER)
+    dense = storage.save_model(model, *save, "ternary_dense", {"packed_model": small}, tokenizer=TOKENIZER)
+    assert storage.resolve("latest") == storage.resolve(dense), "what trains and exports takes the floats"
+    assert to_talk_to(storage) == storage.resolve(small)
+    assert to_talk_to(storage, dense) == storage.resolve(dense), "who is named is meant"
+    shutil.rmtree(storage.resolve(small))
+    assert to_talk_to(storage) == storage.resolve(dense)
+    stranger = storage.save_model(model, *save, "other", {"packed_model": "of_another_storage"}, tokenizer=TOKENIZER)
+    assert to_talk_to(storage) == storage.resolve(stranger)
