@@ -294,7 +294,7 @@ class Attention(nn.Module):
         log, turn = with_room(state, pos_B1, self.shape.window), turn or self.turns(pos_B1)
         if self._compiled(qkv, log, state.tail_BJC):
             conv = None if self.conv_CJ is None else (self.conv_CJ, state.tail_BJC)
-            token = kernels.Token(*log.span(self.shape.window), pos_B1.contiguous(), conv, self.gain_H)
+            token = kernels.Token(*log.span(self.shape.window), pos_B1.long().contiguous(), conv, self.gain_H)
             out, tail = kernels.attend(qkv, token, turn, (log.k_BHLK, log.v_BHLK))
             state = log.grown(state.whole, self.shape.window)
         else:

@@ -218,8 +218,9 @@ def read_packed(folder: Path) -> tuple[nn.Module, Any]:
     _check_layout(section, where)
     path = folder / "model.safetensors"
     header, tensors = _read_tensors(path, section)
-    model = skeleton(values, folder)
-    _fill(model, header, tensors, path)
+    with torch.device("cpu"):  # whatever device the caller makes things on
+        model = skeleton(values, folder)
+        _fill(model, header, tensors, path)
     return model.eval().requires_grad_(False), read_tokenizer(values, folder)
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from tiny import gpt_config, made
 
+from forgekit.data.tokenizer import train_tokenizer
 from forgekit.errors import ArtifactError
 from forgekit.infer import kernels
 from forgekit.infer.kernels import cpu, plain, steps
 from forgekit.models.layers import Attention, AttentionShape
 from forgekit.models.memory import MemoryShape, TitansMemory
 from forgekit.quant.config import GroupPlan, TernaryPlan
+from forgekit.quant.files import read_packed, write_packed
 from forgekit.quant.groupwise import round_groups
 from forgekit.quant.model import packed
 from forgekit.quant.pack import pack2
@@ -69,6 +71,15 @@ def test_another_default_device_changes_nothing():
         assert cpu._right(cpu.ternary())
     assert torch.equal(got, plain.ternary_matmul(packed_RP, scale_R, x_BC))
     torch.testing.assert_close(scores, x_BC @ head.dense().T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_file_is_read_to_the_cpu_whatever_the_default(tmp_path):
+    model = packed(made(gpt_config(vocab_size=300)), TernaryPlan(), GroupPlan())
+    write_packed(model, train_tokenizer(["a few words and some more of them"] * 5, 300), tmp_path)
+    with torch.device("meta"):
+        again, _ = read_packed(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(one, model.state_dict()[name]) for name, one in again.state_dict().items())
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
