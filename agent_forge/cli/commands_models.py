@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,11 +41,12 @@ def models(
             for r in rows
         ]
         table("models", ["model!", "parameters>", "MB>", "made!"], cells)
+        say(f"a name alone means the newest of that name: agent-forge model {rows[0]['model_name']}")
 
 
 def model(
     context: typer.Context,
-    ref: Annotated[str, typer.Argument(help="Model id, its beginning, a folder, or `latest`.")],
+    ref: Annotated[str, typer.Argument(help="Model id, its beginning, a name, a folder, or `latest`.")],
     info: Annotated[
         bool, typer.Option("--info", help="Show what it is and where it comes from (the default).")
     ] = False,
@@ -74,7 +75,21 @@ def model(
     if as_json:
         return print_json(values)
     skip = {"files", "losses", "metrics", "environment"}
-    rows = [
-        [k, v if not isinstance(v, list) else ", ".join(map(str, v)) or "-"] for k, v in values.items() if k not in skip
-    ]
-    table(values["model_name"], ["field", "value"], rows)
+    table(values["model_name"], ["field", "value"], [[k, _told(v)] for k, v in values.items() if k not in skip])
+
+
+def _told(value: Any) -> str:
+    """A value for people: numbers in six digits, what is nested in few words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict) and {"family", "levels"} <= value.keys():  # of the gym
+        return f"{value['family']} {' '.join(map(str, value['levels']))}"
+    if isinstance(value, dict):
+        parts = {key: _told(one) for key, one in value.items()}
+        return ", ".join(f"{key} {part}" for key, part in parts.items() if part != "-") or "-"
+    if isinstance(value, list | tuple):
+        nested = any(isinstance(one, dict) for one in value)
+        return ("; " if nested else ", ").join(map(_told, value)) or "-"
+    return "-" if value is None else str(value)

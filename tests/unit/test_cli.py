@@ -237,6 +237,14 @@ def test_tables_show_brackets_as_they_are(capsys):
     assert "x[/b] = y[0]" in out and "[bold]" in out and "good" in out and "[green]" not in out
 
 
+def test_what_a_model_is_is_told_in_few_words():
+    from agent_forge.cli.commands_models import _told
+
+    gym = [{"family": "add", "levels": [1, 2], "weight": 1.0, "options": {}}, {"family": "sort", "levels": (4,)}]
+    told = [_told(one) for one in (gym, {"bits": 8, "spared": ["wo", "wv"], "none": {}}, 9.135557, True, None, [], "x")]
+    assert told == ["add 1 2; sort 4", "bits 8, spared wo, wv", "9.13556", "yes", "-", "-", "x"]
+
+
 def test_data_show_prints_code_with_brackets(forge):
     done = forge("data", "show", "python_code", "--rows", "3")
     assert done.code == 0 and "sha256" in done.err
