@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, gpt_config, made, trm_config
+from tiny import VOCAB, gpt_config, in_threads, made, trm_config
 
 from forgekit.infer import kernels
 from forgekit.infer.kernels import cpu, steps
@@ -175,11 +174,7 @@ def test_threads_that_continue_the_same_state_do_not_meet():
                 if not torch.allclose(out, right[seed], rtol=1e-4, atol=1e-5):
                     wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, work)
     assert not wrong
 
 

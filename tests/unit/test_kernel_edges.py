@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import gpt_config, made
+from tiny import gpt_config, in_threads, made
 
 from forgekit.data.tokenizer import train_tokenizer
 from forgekit.errors import ArtifactError
@@ -39,18 +39,14 @@ def test_threads_that_need_a_step_at_the_same_time_compile_it_once(monkeypatch):
         time.sleep(0.05)
         return compile_(*words)
 
-    def first() -> None:
-        gate.wait()
+    def first(_: int) -> None:
+        gate.wait(timeout=30)
         steps.norm()
 
     compile_ = cpu.compile_text
     monkeypatch.setattr(steps, "compile_text", slowly)
     steps.norm.cache_clear()
-    threads = [threading.Thread(target=first) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, first)
     assert compiled == ["norm"]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -1114,23 +1116,27 @@ def test_a_model_of_another_house_is_made_ternary(tmp_path):
     assert {refusal.kind for refusal in decision.refusals} <= {"threshold"}, decision.message
 
 
-def test_a_file_that_does_not_hold_what_was_measured_is_no_success(tmp_path, thinker, monkeypatch):
+def test_a_file_that_does_not_hold_what_was_measured_ends_the_phase(tmp_path, thinker, monkeypatch):
     storage, session, given = thinker(tmp_path, speciality=SKILLS, thinks=True)
     save = storage.save_model
 
     def another(model, *args, **kwargs) -> str:
         if is_packed(model):
+            model = copy.deepcopy(model)
             model.embedding.table.codes[0, 0] = 1 - model.embedding.table.codes[0, 0]
-            written = save(model, *args, **kwargs)
-            model.embedding.table.codes[0, 0] = 1 - model.embedding.table.codes[0, 0]
-            return written
         return save(model, *args, **kwargs)
 
+    def start():
+        with PipelineLogger(storage.session_path(session), session) as pipeline:
+            phase = controller(tmp_path, storage, session, config(finetune_above=1.0), pipeline.phase("bitnet"))
+            return phase.run([given])
+
     monkeypatch.setattr(storage, "save_model", another)
-    with PipelineLogger(storage.session_path(session), session) as pipeline:
-        phase = controller(tmp_path, storage, session, config(finetune_above=1.0), pipeline.phase("bitnet"))
-        result = phase.run([given])
-    assert result.success is False and result.metrics["phase/success"] is False
+    with pytest.raises(ArtifactError, match="ternary: is not the model that was measured; delete .*ternary, ") as no:
+        start()
+    monkeypatch.undo()
+    shutil.rmtree(no.value.where)  # as the line says
+    assert start().metrics["phase/success"] is True
 
 
 @pytest.mark.parametrize(("changes", "was_trained"), [({}, True), ({"loss": {"divergence": 0.0}}, True), ({}, False)])

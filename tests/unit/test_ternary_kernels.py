@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import in_threads
 
 from forgekit.errors import ArtifactError, ConfigError
 from forgekit.infer import kernels
@@ -204,11 +204,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other():
             if not torch.equal(cpu.ternary_matmul(packed_RP, scale_R, x_BC), right):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, work)
     assert not wrong
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,12 @@ from forgekit.train.optim_config import MuGrokConfig
 
 VOCAB = 24
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and bits depend on their number
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> None:
+    """Call ``work`` with 0, 1, and so on, in as many threads; what goes wrong in one is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def trm_config(**changes: Any) -> TRMTitansConfig:

@@ -76,7 +76,7 @@ from forgekit.compute.disk import forecast as disk_forecast
 from forgekit.compute.disk import require_free
 from forgekit.data.batches import Mixture, asked
 from forgekit.data.plans import TextPlan
-from forgekit.errors import ConfigError
+from forgekit.errors import ArtifactError, ConfigError
 from forgekit.models.base import parameter_count
 from forgekit.quant.config import GroupPlan, MapPlan, TernaryPlan
 from forgekit.quant.layers import is_conv1d
@@ -303,24 +303,25 @@ class BitNetPhase(PhaseController):
         small = packed(source, made.plan, self.config.groups)
         made.size = packed_bytes(small)
         plain = dequantised(source, made.plan, self.config.groups)
-        finals = self._finals(parent, data, made, (small, plain))
+        kept = self._stored(plain)
+        finals = self._finals(parent, data, made, (small, plain, bytes_stored(kept)))
         prompt = self._prompt(parent, data)
         speed = decoding_speed({PARENT: parent.model, made.name: small}, prompt, self.config.speed)
         evidence = measure(self.config, finals)
         found = values(finals, speed, self._facts(parent, made, (source, small)))
-        saved = self._save(parent, data, made, (plain, small, finals, found))
+        saved = self._save(parent, data, made, (kept, small, finals, found))
         for model_id in saved.values():
             amend_evidence(self.context.storage.resolve(model_id), [e.model_dump(mode="json") for e in evidence])
         self.context.show(Progress("evidence", 1, 1, f"{len(evidence)} claims measured"))
         decision = decide(self.config, self.context.profile.gate, evidence, finals)
         seconds = time.perf_counter() - began
         packed_id, dense_id = saved.values()
-        valid = opens_alike(self.context.storage.resolve(packed_id), small)
-        found |= {"phase/duration_seconds": seconds, "phase/success": valid}
+        self._check_written(packed_id, small)
+        found |= {"phase/duration_seconds": seconds, "phase/success": True}
         found |= never_told(self.config, bool(made.records))
         told = emit_phase(self.context, found, (parent.model_id, dense_id))
         return PhaseResult(
-            success=valid,
+            success=True,
             model=dense_id,
             phase_name=self.name,
             metrics=told | self._tables(made, finals, speed),
@@ -362,13 +363,13 @@ class BitNetPhase(PhaseController):
         for name, plan in self._others(made).items():
             ahead.ask(name, partial(rounded, plan))
 
-    def _finals(self, parent: Parent, data: BitNetData, made: Made, sides: tuple[nn.Module, nn.Module]) -> Finals:
+    def _finals(self, parent: Parent, data: BitNetData, made: Made, sides: tuple[nn.Module, nn.Module, int]) -> Finals:
         """Every model on the report split, and its bytes on disk."""
-        small, plain = sides
+        small, plain, plain_bytes = sides
         report, found = self._asked(parent, data, "report"), dict(made.compared)
         rounded = untrained(made.name)
         found[made.name] = (report.of(small, parent.tokenizer), made.size) if made.trained else found[rounded]
-        found[in_floats(made.name)] = report.of(plain, parent.tokenizer), bytes_stored(self._stored(plain))
+        found[in_floats(made.name)] = report.of(plain, parent.tokenizer), plain_bytes
         if made.small is not None:
             found[SAME_BYTES] = report.of(made.small, parent.tokenizer), size_of(made.small)
         order = (PARENT, made.name, in_floats(made.name), rounded, *self._others(made), SAME_BYTES)
@@ -435,14 +436,14 @@ class BitNetPhase(PhaseController):
 
     def _save(self, parent: Parent, data: BitNetData, made: Made, found: tuple) -> dict[str, str]:
         """Both artifacts, by name; one that an earlier start saved is taken as it is."""
-        plain, small, finals, values = found
+        kept, small, finals, values = found
         saved: dict[str, str] = {}
         for name in (made.name, _dense(made.name)):
             key = self.key(name, parent.print, data.data_hash)
             done = self._saved(key)
             if done is None:
                 is_packed = name == made.name
-                model = small if is_packed else self._stored(plain)
+                model = small if is_packed else kept
                 metadata = self._metadata(parent, data, made, (name, key, values))
                 metadata |= {} if is_packed else {"packed_model": saved[made.name]}
                 extras = self._extras(parent, made, (name, finals, values))
@@ -457,6 +458,13 @@ class BitNetPhase(PhaseController):
         if self.config.dense == "float32" or hasattr(plain, "hf"):
             return plain
         return halved(copy.deepcopy(plain))
+
+    def _check_written(self, packed_id: str, small: nn.Module) -> None:
+        """Read the packed file back: what chat and serve will run is what was measured (ArtifactError)."""
+        folder = self.context.storage.resolve(packed_id)
+        if not opens_alike(folder, small):
+            remedy = f"delete {folder}, then go on with --resume"
+            raise ArtifactError("is not the model that was measured", where=str(folder), remedy=remedy)
 
     def _saved(self, key: str) -> str | None:
         storage = self.context.storage

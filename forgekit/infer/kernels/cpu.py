@@ -132,8 +132,8 @@ def digits(flavour: Flavour | None = None) -> Compiled | None:
     return attempted(lambda: compile_text(digits_module(chosen, machine().openmp), "digits", "pppppnnnn"))
 
 
-def attempted(compile_: Callable[[], Compiled]) -> Compiled | None:
-    """What was compiled; None where this LLVM cannot."""
+def attempted(compile_: Callable[[], Any]) -> Any:
+    """What ``compile_`` returns; None where this LLVM cannot."""
     try:
         return compile_()
     except (RuntimeError, OSError):
